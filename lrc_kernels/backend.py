@@ -158,9 +158,11 @@ class Op:
         if (forced := forced_backend()) is not None:
             reason = self._reason(forced, args, device)
             if reason is not None:
-                raise RuntimeError(f"lrc::{self.name}: backend {forced!r} was forced but cannot take this call: {reason}")
+                raise RuntimeError(
+                    f"lrc::{self.name}: backend {forced!r} was forced but cannot take this call: {reason}"
+                )
             return forced
-        reasons = []
+        reasons: list[str] = []
         for backend in ORDER:
             if backend in self.implementations and device.type in _DEVICES.get(backend, (device.type,)):
                 reason = self._reason(backend, args, device)

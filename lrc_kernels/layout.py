@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VarlenLayout: how the rows of S sequences lie back to back in a packed tensor. Decided on the host, once per batch."""
+"""VarlenLayout: how the rows of S sequences lie back to back in a packed tensor, decided on the host once per batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -64,10 +64,12 @@ class VarlenLayout:
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
-        lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(offsets)]
         if lengths and min(lengths) < 0:
             at = lengths.index(min(lengths))
-            raise ValueError(f"cu_seqlens must not decrease, got {offsets[at]} then {offsets[at + 1]} at index {at + 1}")
+            raise ValueError(
+                f"cu_seqlens must not decrease, got {offsets[at]} then {offsets[at + 1]} at index {at + 1}"
+            )
         return cls(lengths, device=cu_seqlens.device)
 
     def _fill(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, lengths: tuple[int, ...] | None) -> None:

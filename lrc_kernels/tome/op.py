@@ -138,7 +138,9 @@ class _Merge(torch.autograd.Function):
         if reduce == "max":
             dx = max_backward_op(grads[0].contiguous(), x, y, assign, weight, layout)
         else:
-            dx = _Gather.apply(grads[0], assign, size if reduce == "mean" else None, weight, cu_in, cu_out, size, *ctx.options)
+            dx = _Gather.apply(
+                grads[0], assign, size if reduce == "mean" else None, weight, cu_in, cu_out, size, *ctx.options
+            )
         return dx.reshape(ctx.x_shape), *[None] * 9
 
 
@@ -227,7 +229,16 @@ def plan_merge(
     check_tensor("metric", metric, dims=(2, 3))
     budget = _resolve_budget(metric, budget, target, r)
     return _plan(
-        metric.detach().flatten(0, -2), budget, size, protected, destination, threshold, precision, order, zero_policy, 1
+        metric.detach().flatten(0, -2),
+        budget,
+        size,
+        protected,
+        destination,
+        threshold,
+        precision,
+        order,
+        zero_policy,
+        1,
     )
 
 
@@ -375,7 +386,9 @@ def _plan(
     if protected is not None:
         _check_protected(protected, budget)
     if destination is not None and budget.num_iterations > 1:
-        raise ValueError(f"destination fixes set B of one iteration, got a budget of {budget.num_iterations} iterations")
+        raise ValueError(
+            f"destination fixes set B of one iteration, got a budget of {budget.num_iterations} iterations"
+        )
     if destination is not None:
         _check_destination(destination, protected, budget)
     if threshold is not None and not isinstance(threshold, (int, float)):

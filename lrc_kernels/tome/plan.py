@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge is made of, on the host: its schedule, its budget, how ViT tokens are addressed, and the resulting plan."""
+"""What a merge is made of, on the host: its schedule, its budget, the addresses of ViT tokens, and the plan."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def merge_budget(
 
 
 def uniform_budget(num_segments: int, length: int, schedule: Sequence[int], device: torch.device) -> MergeBudget:
-    """The budget of equal segments that all follow one schedule; builds no host list, so a compiled graph may call it."""
+    """The budget of equal segments that follow one schedule; builds no host list, so a compiled graph may call it."""
     layout_in = VarlenLayout.uniform(num_segments, length, device)
     layout_out = VarlenLayout.uniform(num_segments, length - sum(schedule), device)
     column = torch.tensor(list(schedule), dtype=torch.int32, device=device)

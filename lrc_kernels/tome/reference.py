@@ -105,7 +105,7 @@ def plan_segment(
     zero_policy: str,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One segment: payload [n, D] -> (assign [n], size [n_out], weight [n], anchor [n_out]), indices within the segment.
+    """One segment: payload [n, D] -> (assign [n], size [n_out], weight [n], anchor [n_out]), indices in the segment.
 
     payload is the metric itself (num_heads 1), or for "eager_bf16" the features, whose metric is taken anew each time.
     """
@@ -149,7 +149,7 @@ def plan_segment(
 def best_partners(
     metric: Tensor, a: Tensor, b: Tensor, protected_b: Tensor, precision: str, zero_policy: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each token of set A: (best cosine similarity, its index in set B, whether the token is zero or non-finite)."""
+    """For each token of set A: (best cosine similarity, its index in B, whether the token is zero or non-finite)."""
     round_ = (lambda t: t.bfloat16().to(t.dtype)) if precision == "bf16" else (lambda t: t)
     metric = round_(metric)
     norm = round_(metric.norm(dim=-1, keepdim=True))
@@ -232,7 +232,9 @@ def gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None
     return rows_of(rows, layout)
 
 
-def max_backward(grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]) -> Tensor:
+def max_backward(
+    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
+) -> Tensor:
     """Gradient of the "max" merge: each output element's gradient goes to the first token that attains it."""
     tokens = tokens_of(x, layout).flatten(0, -2)
     row = assign.long()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public ToMe functions as PyTorch sees them: gradients, opcheck, torch.compile, autocast, checkpoint, bad input."""
+"""The public ToMe functions as PyTorch sees them: gradients, opcheck, torch.compile, autocast, checkpoint, errors."""
 
 import pytest
 import torch

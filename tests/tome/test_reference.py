@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 
 from lrc_kernels import VarlenLayout
 from lrc_kernels.backend import use_backend
-from lrc_kernels.tome import TokenLayout, compress_clips, head_mean, merge_budget, merge_schedule, merge_tokens
-from lrc_kernels.tome import plan_merge, size_bias, unmerge_tokens
+from lrc_kernels.tome import (
+    TokenLayout,
+    compress_clips,
+    head_mean,
+    merge_budget,
+    merge_schedule,
+    merge_tokens,
+    plan_merge,
+    size_bias,
+    unmerge_tokens,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +233,9 @@ def test_protected_tokens_stay_alone(random):
     metric = torch.randn(1, 33, 4, generator=random)
     protected = torch.zeros(33, dtype=torch.bool)
     protected[[0, 7, 20]] = True
-    plan = plan_merge(metric.flatten(0, 1), merge_budget(VarlenLayout([33]), target=9, num_protected=3), protected=protected)
+    plan = plan_merge(
+        metric.flatten(0, 1), merge_budget(VarlenLayout([33]), target=9, num_protected=3), protected=protected
+    )
     for token in (0, 7, 20):
         assert (plan.assign == plan.assign[token]).sum() == 1
 
