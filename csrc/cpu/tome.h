@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Token merging on the CPU: raw pointers, sizes and strides (in elements) in, results written in place, nothing out.
+// Every function throws std::invalid_argument before it writes anything when its integers do not fit each other.
+#pragma once
+
+#include <cstdint>
+
+namespace lrc::cpu {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Token t concatenates shuffle^2 pieces of `width` channels. With frame f = t / tokens_per_frame, u = t %
+// tokens_per_frame, (i, j) = (u / grid_width, u % grid_width), piece (di, dj) starts at
+//   f * frame_stride + (prefix + (i * shuffle + di) * grid_width * shuffle + j * shuffle + dj) * row_stride.
+// Dense [B, N, D] is shuffle 1, tokens_per_frame = grid_width = N; packed [T, D] is one such frame.
+struct TokenRows {
+  int64_t width;
+  int64_t shuffle;
+  int64_t tokens_per_frame;
+  int64_t grid_width;
+  int64_t prefix;
+  int64_t frame_stride;
+  int64_t row_stride;
+};
+
+struct HeadMeanArgs {
+  const void* x;
+  DType dtype;
+  TokenRows rows;
+  int64_t num_tokens;
+  int64_t num_heads;
+  float* metric;  // [num_tokens, K]
+  int threads;
+};
+
+struct PlanArgs {
+  const float* metric;  // [num_tokens, num_channels]
+  int64_t num_tokens;
+  int64_t num_channels;
+  const int64_t* cu_seqlens_in;   // [num_segments + 1]
+  const int64_t* cu_seqlens_out;  // [num_segments + 1]
+  int64_t num_segments;
+  const int32_t* r;  // [num_iterations, num_segments]
+  int64_t num_iterations;
+  const float* size;           // [num_tokens] or null: ones
+  const uint8_t* is_protected;  // [num_tokens] or null: none
+  const uint8_t* destination;  // [num_tokens] or null: the odd tokens
+  int64_t num_out;
+  bool has_threshold;
+  float threshold;
+  bool position_order;
+  int32_t* assign;   // [num_tokens]
+  float* size_out;   // [num_out], zeros
+  float* weight;     // [num_tokens]
+  int32_t* anchor;   // [num_out], zeros
+  uint8_t* valid;    // [num_out], zeros
+  int threads;
+};
+
+struct MergeArgs {
+  const void* x;
+  DType dtype;
+  TokenRows rows;
+  int64_t num_tokens;
+  const int32_t* assign;  // [num_tokens]
+  const float* size;      // [num_out]: mean; null: sum
+  const float* weight;    // [num_tokens] or null: ones; 0 masks
+  int64_t num_out;
+  void* y;  // [num_out, shuffle^2 * width]
+  int threads;
+};
+
+struct GatherArgs {
+  const void* y;  // [num_rows, shuffle^2 * width]
+  DType dtype;
+  int64_t num_rows;
+  const int32_t* assign;  // [num_tokens]
+  const float* size;      // [num_rows] or null
+  const float* weight;    // [num_tokens] or null
+  TokenRows rows;
+  int64_t num_tokens;
+  void* x;
+  int threads;
+};
+
+void tome_head_mean(const HeadMeanArgs& args);
+void tome_plan(const PlanArgs& args);
+void tome_merge(const MergeArgs& args);
+void tome_gather(const GatherArgs& args);
+
+// What one instruction set provides; the functions above check, allocate and call these.
+struct TomeKernels {
+  void (*head_mean)(const HeadMeanArgs& args);
+  int64_t (*plan_workspace_bytes)(int64_t max_seqlen, int64_t num_channels);
+  // workspace: one block of `stride` bytes per worker, 64-byte aligned.
+  // Returns the first segment whose rows do not fit cu_seqlens_out, or -1.
+  int64_t (*plan)(const PlanArgs& args, char* workspace, int64_t stride);
+  // group_start [num_out + 1], member [group_start[num_out]]: unmasked tokens by output row, ascending within a row.
+  // scratch: kMergeColumns floats per worker.
+  void (*merge)(const MergeArgs& args, const int64_t* group_start, const int64_t* member, float* scratch);
+  void (*gather)(const GatherArgs& args);
+};
+
+constexpr int64_t kMergeColumns = 2048;
+
+// order = the n rows by (protected last, descending score), stable. Compiled once, for the baseline: the standard
+// library must not be instantiated in the files of an instruction set, whose copies the linker may pick for everyone.
+void rank_rows(const float* score, const uint8_t* is_protected, int32_t* order, int64_t n);
+
+#define LRC_DECLARE_TOME(isa)          \
+  namespace isa {                      \
+  extern const TomeKernels kTomeKernels; \
+  }
+LRC_DECLARE_TOME(baseline)
+LRC_DECLARE_TOME(avx2)
+LRC_DECLARE_TOME(avx512)
+#undef LRC_DECLARE_TOME
+
+}  // namespace lrc::cpu

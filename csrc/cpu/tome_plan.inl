@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+// The matching of token merging: metric rows in, assignment out, the whole schedule of a segment in one call. Included
+// by tome.inl inside the namespace of an instruction set.
+//
+// A row of the working set is never normalised or divided by its size: cosine similarity does not see the length, so a
+// merged row is carried as sum(size * m) and only its copy in a panel of set B has length 1.
+
+// Tokens of set A times vectors of tokens of set B that one tile keeps in registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 8, kTileVectors = 3;
+#else
+constexpr int kTileRows = 4, kTileVectors = 3;
+#endif
+constexpr int kPanel = kTileVectors * kLanes;
+
+struct Row {
+  const float* m;
+  float scale;  // size * metric = scale * m: 1 for a sum of merged rows, 0 for a row without weight
+  float size;
+  int32_t anchor;
+  bool is_protected;
+};
+
+struct Workspace {
+  Row *rows, *next;
+  int32_t *a, *b, *candidate, *partner, *order, *new_row, *best_column;
+  float *score, *length, *best, *panels, *sums, *units, *zeros;
+  const float** a_row;
+  uint8_t *unhealthy, *masked, *a_protected;
+  int64_t bytes;
+};
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T>
+inline void carve(char* base, int64_t* offset, int64_t count, T** out) {
+  *out = reinterpret_cast<T*>(base + *offset);
+  *offset += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+}
+
+// `sums` and `units` have room for every row but are touched only where rows merge or have extreme lengths.
+Workspace carve_workspace(char* base, int64_t n, int64_t channels) {
+  Workspace ws;
+  int64_t offset = 0;
+  const int64_t padded_a = round_up(n, kTileRows);
+  carve(base, &offset, n, &ws.rows);
+  carve(base, &offset, n, &ws.next);
+  int32_t** const lists[] = {&ws.a, &ws.b, &ws.candidate, &ws.partner, &ws.order, &ws.new_row};
+  for (int32_t** list : lists) carve(base, &offset, n, list);
+  carve(base, &offset, n, &ws.score);
+  carve(base, &offset, n, &ws.length);
+  carve(base, &offset, padded_a * kLanes, &ws.best);
+  carve(base, &offset, padded_a * kLanes, &ws.best_column);
+  carve(base, &offset, padded_a, &ws.a_row);
+  uint8_t** const flags[] = {&ws.unhealthy, &ws.masked, &ws.a_protected};
+  for (uint8_t** flag : flags) carve(base, &offset, n, flag);
+  carve(base, &offset, channels + kLanes, &ws.zeros);
+  carve(base, &offset, round_up(n, kPanel) * channels, &ws.panels);
+  carve(base, &offset, n * channels, &ws.sums);
+  carve(base, &offset, n * channels, &ws.units);
+  ws.bytes = offset;
+  return ws;
+}
+
+int64_t plan_workspace_bytes(int64_t max_seqlen, int64_t channels) {
+  return carve_workspace(nullptr, max_seqlen, channels).bytes;
+}
+
+// |m|. Squares that leave the range of fp32 are summed in fp64.
+inline double length_of(const float* m, int64_t channels) {
+  Vec sum = {};
+  int64_t k = 0;
+  for (; k + kLanes <= channels; k += kLanes) sum += load(m + k) * load(m + k);
+  if (k < channels) sum += load_first(m + k, channels - k) * load_first(m + k, channels - k);
+  float total = 0.f;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  if (total > 0x1p-80f && total < 0x1p120f) return __builtin_sqrt(total);
+  double exact = 0.;
+  for (k = 0; k < channels; ++k) exact += static_cast<double>(m[k]) * m[k];
+  return __builtin_sqrt(exact);
+}
+
+inline bool is_ordinary(double length) { return length > 0x1p-40 && length < 0x1p60; }
+
+inline void normalise(const float* m, double length, int64_t channels, int64_t stride, float* out) {
+  if (is_ordinary(length)) {
+    const float inverse = static_cast<float>(1. / length);
+    for (int64_t k = 0; k < channels; ++k) out[k * stride] = m[k] * inverse;
+  } else {
+    for (int64_t k = 0; k < channels; ++k) out[k * stride] = static_cast<float>(m[k] / length);
+  }
+}
+
+// The tile's dot products against one panel update each row's best (value, column) per lane. A later column replaces an
+// earlier one only if it is strictly better, so that ties go to the lowest column.
+inline void match_tile(const float* const* a, const float* panel, int64_t channels, int32_t column, float* best,
+                       int32_t* best_column) {
+  Vec dot[kTileRows][kTileVectors] = {};
+  for (int64_t k = 0; k < channels; ++k) {
+    Vec b[kTileVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) b[v] = load(panel + k * kPanel + v * kLanes);
+#pragma GCC unroll 8
+    for (int q = 0; q < kTileRows; ++q) {
+      const Vec value = splat(a[q][k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) dot[q][v] += value * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < kTileRows; ++q) {
+    Vec top = load(best + q * kLanes);
+    IntVec where;
+    __builtin_memcpy(&where, best_column + q * kLanes, sizeof(where));
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) {
+      const IntVec better = dot[q][v] > top;
+      top = better ? dot[q][v] : top;
+      where = better ? IntVec{} + (column + v * kLanes) : where;
+    }
+    store(best + q * kLanes, top);
+    __builtin_memcpy(best_column + q * kLanes, &where, sizeof(where));
+  }
+}
+
+// score and partner (an index into set B) of the rows [first, last) of set A; `first` is a multiple of kTileRows.
+void match_rows(const Workspace& ws, int64_t first, int64_t last, int64_t num_candidates, int64_t channels) {
+  const int64_t padded = round_up(last, kTileRows);
+  for (int64_t i = first * kLanes; i < padded * kLanes; ++i) {
+    ws.best[i] = -__builtin_inff();
+    ws.best_column[i] = 0;
+  }
+  for (int64_t column = 0; column < num_candidates; column += kPanel) {
+    const float* panel = ws.panels + column * channels;
+    for (int64_t i = first; i < last; i += kTileRows) {
+      match_tile(ws.a_row + i, panel, channels, static_cast<int32_t>(column), ws.best + i * kLanes,
+                 ws.best_column + i * kLanes);
+    }
+  }
+  for (int64_t i = first; i < last; ++i) {
+    const float* best = ws.best + i * kLanes;
+    const int32_t* where = ws.best_column + i * kLanes;
+    float top = best[0];
+    int32_t column = where[0];
+    for (int lane = 1; lane < kLanes; ++lane) {
+      const int32_t other = where[lane] + lane;
+      if (best[lane] > top || (best[lane] == top && other < column)) {
+        top = best[lane];
+        column = other;
+      }
+    }
+    // The last panel is filled up with copies of its last column.
+    const int64_t candidate = column < num_candidates ? column : num_candidates - 1;
+    ws.score[i] = top / ws.length[i];
+    ws.partner[i] = ws.candidate[candidate];
+  }
+}
+
+// Sets of one iteration: what match_rows and the merge of an iteration share.
+struct Sets {
+  int64_t num_a, num_b, num_candidates;
+};
+
+// Splits the n rows, measures them, packs the healthy and open rows of set B into panels.
+Sets prepare(const Workspace& ws, int64_t n, const uint8_t* destination, int64_t channels) {
+  Sets sets = {0, 0, 0};
+  for (int64_t i = 0; i < n; ++i) {
+    const bool in_b = destination == nullptr ? i % 2 == 1 : destination[i] != 0;
+    const Row& row = ws.rows[i];
+    const double length = length_of(row.m, channels);
+    // Rows without length and rows that are not finite: their length is 0, infinite or NaN.
+    const bool unhealthy = !(length > 0. && length < __builtin_inf());
+    ws.unhealthy[i] = unhealthy;
+    if (!in_b) {
+      const int64_t a = sets.num_a++;
+      ws.a[a] = static_cast<int32_t>(i);
+      ws.a_protected[a] = row.is_protected;
+      ws.a_row[a] = unhealthy ? ws.zeros : row.m;
+      ws.length[a] = unhealthy ? 1.f : static_cast<float>(length);
+      if (!unhealthy && !is_ordinary(length)) {
+        float* unit = ws.units + a * channels;
+        normalise(row.m, length, channels, 1, unit);
+        ws.a_row[a] = unit;
+        ws.length[a] = 1.f;
+      }
+      continue;
+    }
+    const int64_t b = sets.num_b++;
+    ws.b[b] = static_cast<int32_t>(i);
+    if (unhealthy || row.is_protected) continue;
+    const int64_t column = sets.num_candidates++;
+    ws.candidate[column] = static_cast<int32_t>(b);
+    float* panel = ws.panels + column / kPanel * kPanel * channels + column % kPanel;
+    normalise(row.m, length, channels, kPanel, panel);
+  }
+  for (int64_t a = sets.num_a; a < round_up(sets.num_a, kTileRows); ++a) ws.a_row[a] = ws.zeros;
+  const int64_t used = sets.num_candidates % kPanel;
+  if (used != 0) {
+    float* panel = ws.panels + sets.num_candidates / kPanel * kPanel * channels;
+    for (int64_t k = 0; k < channels; ++k) {
+      for (int64_t c = used; c < kPanel; ++c) panel[k * kPanel + c] = panel[k * kPanel + used - 1];
+    }
+  }
+  return sets;
+}
+
+void match(const Workspace& ws, const Sets& sets, int64_t channels, int threads) {
+  if (sets.num_candidates > 0) {
+    const int64_t tiles = (sets.num_a + kTileRows - 1) / kTileRows;
+    const int64_t chunk = (tiles + threads - 1) / threads * kTileRows;
+    run_workers(threads, [&](int worker) {
+      const int64_t first = worker * chunk, last = first + chunk < sets.num_a ? first + chunk : sets.num_a;
+      if (first < last) match_rows(ws, first, last, sets.num_candidates, channels);
+    });
+  }
+  // A row without any partner goes to the next open row of set B on its right, or else to the last one.
+  int64_t right = 0, open = 0;
+  for (int64_t i = 0; i < sets.num_a; ++i) {
+    while (right < sets.num_b && (ws.b[right] < ws.a[i] || ws.rows[ws.b[right]].is_protected)) {
+      if (!ws.rows[ws.b[right]].is_protected) open = right;
+      ++right;
+    }
+    if (sets.num_candidates > 0 && !ws.unhealthy[ws.a[i]]) continue;
+    ws.score[i] = -__builtin_inff();
+    ws.partner[i] = static_cast<int32_t>(right < sets.num_b ? right : open);
+  }
+}
+
+inline void add_row(const Workspace& ws, const Row& from, int64_t channels, Row* into) {
+  float* sum = ws.sums + into->anchor * channels;
+  if (into->m == sum && into->scale != 0.f) {
+    for (int64_t k = 0; k < channels; ++k) sum[k] += from.scale * from.m[k];
+    return;
+  }
+  if (into->scale == 0.f) {
+    for (int64_t k = 0; k < channels; ++k) sum[k] = from.scale * from.m[k];
+  } else {
+    for (int64_t k = 0; k < channels; ++k) sum[k] = into->scale * into->m[k] + from.scale * from.m[k];
+  }
+  into->m = sum;
+  into->scale = 1.f;
+}
+
+// Merges up to r rows; returns how many rows are left. new_row and masked of every row tell what became of it.
+int64_t merge_rows(const Workspace& ws, const Sets& sets, int64_t n, int64_t r, const PlanArgs& args) {
+  if (r < sets.num_a || args.has_threshold) {
+    rank_rows(ws.score, ws.a_protected, ws.order, sets.num_a);
+  } else {
+    for (int64_t i = 0; i < sets.num_a; ++i) ws.order[i] = static_cast<int32_t>(i);
+  }
+  int64_t merged = r;
+  if (args.has_threshold) {
+    merged = 0;
+    for (int64_t i = 0; i < r; ++i) merged += ws.score[ws.order[i]] >= args.threshold;
+  }
+  const int64_t unmerged = sets.num_a - merged;
+  for (int64_t i = 0; i < sets.num_b; ++i) {
+    ws.new_row[ws.b[i]] = static_cast<int32_t>(unmerged + i);
+    ws.next[unmerged + i] = ws.rows[ws.b[i]];
+  }
+  __builtin_memset(ws.masked, 0, n);
+  for (int64_t i = 0; i < sets.num_a; ++i) {
+    const int32_t a = ws.order[i], row = ws.a[a];
+    if (i < merged) {
+      ws.new_row[row] = static_cast<int32_t>(unmerged + ws.partner[a]);
+      ws.masked[row] = ws.unhealthy[row];
+    } else {
+      ws.new_row[row] = static_cast<int32_t>(i - merged);
+      ws.next[i - merged] = ws.rows[row];
+    }
+  }
+  const int64_t left = n - merged;
+  for (int64_t i = 0; i < left; ++i) ws.next[i].size = 0.f;
+  for (int64_t i = 0; i < n; ++i) {
+    Row& into = ws.next[ws.new_row[i]];
+    into.is_protected |= ws.rows[i].is_protected;
+    if (ws.masked[i]) continue;
+    into.size += ws.rows[i].size;
+    if (ws.rows[i].anchor != into.anchor && ws.rows[i].scale != 0.f) add_row(ws, ws.rows[i], args.num_channels, &into);
+  }
+  for (int64_t i = 0; i < left; ++i) {
+    if (ws.next[i].size != 0.f) continue;
+    ws.next[i].m = ws.zeros;
+    ws.next[i].scale = 0.f;
+  }
+  return left;
+}
+
+// Returns false where the rows that are left do not fit the segment's room in the output.
+bool plan_segment(const PlanArgs& args, int64_t segment, char* workspace, int64_t max_seqlen, int threads) {
+  const int64_t start = args.cu_seqlens_in[segment], n_in = args.cu_seqlens_in[segment + 1] - start;
+  const int64_t first_out = args.cu_seqlens_out[segment], room = args.cu_seqlens_out[segment + 1] - first_out;
+  Workspace ws = carve_workspace(workspace, max_seqlen, args.num_channels);
+  int32_t* assign = args.assign + start;
+  float* weight = args.weight + start;
+  __builtin_memset(ws.zeros, 0, args.num_channels * sizeof(float));
+  for (int64_t i = 0; i < n_in; ++i) {
+    const float size = args.size == nullptr ? 1.f : args.size[start + i];
+    const bool is_protected = args.is_protected != nullptr && args.is_protected[start + i] != 0;
+    ws.rows[i] = {args.metric + (start + i) * args.num_channels, size, size, static_cast<int32_t>(i), is_protected};
+    assign[i] = static_cast<int32_t>(i);
+    weight[i] = size;
+  }
+  int64_t n = n_in;
+  for (int64_t iteration = 0; iteration < args.num_iterations; ++iteration) {
+    int64_t r = args.r[iteration * args.num_segments + segment];
+    if (r == 0) continue;
+    const Sets sets = prepare(ws, n, args.destination == nullptr ? nullptr : args.destination + start, args.num_channels);
+    r = r < sets.num_a ? r : sets.num_a;
+    if (sets.num_b == 0) r = 0;
+    match(ws, sets, args.num_channels, threads);
+    n = merge_rows(ws, sets, n, r, args);
+    for (int64_t i = 0; i < n_in; ++i) {
+      if (ws.masked[assign[i]]) weight[i] = 0.f;
+      assign[i] = ws.new_row[assign[i]];
+    }
+    Row* previous = ws.rows;
+    ws.rows = ws.next;
+    ws.next = previous;
+  }
+  if (n > room) return false;
+  if (args.position_order) {
+    // Anchors are distinct: a mark per anchor sorts them.
+    for (int64_t i = 0; i < n_in; ++i) ws.order[i] = -1;
+    for (int64_t i = 0; i < n; ++i) ws.order[ws.rows[i].anchor] = static_cast<int32_t>(i);
+    int64_t rank = 0;
+    for (int64_t i = 0; i < n_in; ++i) {
+      if (ws.order[i] < 0) continue;
+      ws.new_row[ws.order[i]] = static_cast<int32_t>(rank);
+      ws.next[rank++] = ws.rows[ws.order[i]];
+    }
+    for (int64_t i = 0; i < n_in; ++i) assign[i] = ws.new_row[assign[i]];
+    ws.rows = ws.next;
+  }
+  for (int64_t i = 0; i < n_in; ++i) assign[i] += static_cast<int32_t>(first_out);
+  for (int64_t i = 0; i < n; ++i) {
+    args.size_out[first_out + i] = ws.rows[i].size;
+    args.anchor[first_out + i] = ws.rows[i].anchor;
+    args.valid[first_out + i] = 1;
+  }
+  return true;
+}
+
+int64_t plan(const PlanArgs& args, char* workspace, int64_t stride) {
+  int64_t max_seqlen = 0;
+  for (int64_t s = 0; s < args.num_segments; ++s) {
+    const int64_t n = args.cu_seqlens_in[s + 1] - args.cu_seqlens_in[s];
+    max_seqlen = n > max_seqlen ? n : max_seqlen;
+  }
+  // Few segments: they run one after the other and the threads share each matching. The bits are the same either way.
+  const bool inner = args.num_segments < args.threads;
+  const int outer_threads = inner ? 1 : args.threads, inner_threads = inner ? args.threads : 1;
+  int64_t failed = -1;
+  run_tasks(outer_threads, args.num_segments, [&](int worker, int64_t segment) {
+    if (!plan_segment(args, segment, workspace + worker * stride, max_seqlen, inner_threads)) {
+      __atomic_store_n(&failed, segment, __ATOMIC_RELAXED);
+    }
+  });
+  return failed;
+}

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every `triton_kernels.py` shares: the list of configurations that it ships, compiled ahead of time by
+`tools/compile_check.py`, and the names of dtypes in a Triton signature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_SIGNATURE_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One shipped configuration of a kernel.
+
+    Args:
+        name: unique over the project, "<kernel>-<what sets this configuration apart>".
+        kernel: the `@triton.jit` function.
+        signature: Triton type of each run-time argument ("*bf16", "i32", "fp32"), in any order.
+        constexprs: value of each constexpr argument.
+        num_warps, num_stages: as launched.
+        tensor_cores: True where `wgmma` or `mma.sync` must appear in the PTX.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 2
+    tensor_cores: bool = False
+
+
+def signature_type(value: torch.dtype | torch.Tensor) -> str:
+    """The Triton signature of an argument: "*bf16" for a bf16 tensor, "bf16" for the dtype itself.
+
+    Raises:
+        TypeError: a dtype that no kernel takes.
+    """
+    dtype = value.dtype if isinstance(value, torch.Tensor) else value
+    if dtype not in _SIGNATURE_NAMES:
+        raise TypeError(f"value must be one of {', '.join(map(str, _SIGNATURE_NAMES))}, got {dtype}")
+    return ("*" if isinstance(value, torch.Tensor) else "") + _SIGNATURE_NAMES[dtype]

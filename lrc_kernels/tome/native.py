@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridges from the ToMe ops to `lrc_kernels._C`: tensors in, `data_ptr()`s, sizes and strides down, tensors out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BUILD_HINT = "build it with `pip install -e . --no-build-isolation` in a checkout"
+
+
+def _load() -> tuple[Any, str | None]:
+    """(the native module, None), or (None, why it is missing): a source tree without a build stays importable."""
+    try:
+        return importlib.import_module("lrc_kernels._C"), None
+    except ImportError as error:
+        return None, f"lrc_kernels._C cannot be imported ({error}); {_BUILD_HINT}"
+
+
+_C, _missing = _load()
+
+
+def cpu_unavailable() -> str | None:
+    """Why the CPU kernels cannot run in this process, or None when they can."""
+    return _missing
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels run with: "avx512", "avx2", "baseline", or "none" without a build."""
+    return "none" if _C is None else _C.cpu_isa()
+
+
+def _unit_channel_stride(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _token_rows(x: Tensor, layout: list[int]) -> tuple[int, tuple[int, ...]]:
+    """(tokens, `lrc::cpu::TokenRows`) of x [B, N, D], packed [T, D], or a ViT output [F, prefix + h*w, D]."""
+    width = x.shape[-1]
+    if layout:
+        _, h, w, shuffle, prefix = layout
+        per_frame = h * w // shuffle**2
+        return x.shape[0] * per_frame, (width, shuffle, per_frame, w // shuffle, prefix, x.stride(0), x.stride(1))
+    if x.dim() == 2:
+        return x.shape[0], (width, 1, x.shape[0], x.shape[0], 0, 0, x.stride(0))
+    return x.shape[0] * x.shape[1], (width, 1, x.shape[1], x.shape[1], 0, x.stride(0), x.stride(1))
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _declines_dtype(name: str, value: Tensor) -> str | None:
+    if value.dtype in _DTYPES:
+        return None
+    return f"{name} must be fp32, bf16 or fp16, got {str(value.dtype).removeprefix('torch.')}"
+
+
+def cpu_supports_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> str | None:
+    return _declines_dtype("x", x)
+
+
+def cpu_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
+    x = _unit_channel_stride(x)
+    num_tokens, rows = _token_rows(x, layout)
+    metric = torch.empty(num_tokens, rows[0] * rows[1] ** 2 // num_heads, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    _C.tome_head_mean(x.data_ptr(), _DTYPES[x.dtype], rows, num_tokens, num_heads, metric.data_ptr(), threads)
+    return metric
+
+
+def cpu_supports_plan(
+    metric: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    r: Tensor,
+    size: Tensor | None,
+    protected: Tensor | None,
+    destination: Tensor | None,
+    num_out: int,
+    max_seqlen: int,
+    threshold: float | None,
+    precision: str,
+    order: str,
+    zero_policy: str,
+    num_heads: int,
+) -> str | None:
+    if metric.dtype != torch.float32:
+        return f"metric must be fp32, got {str(metric.dtype).removeprefix('torch.')}"
+    if precision != "fp32":
+        return f'precision must be "fp32", got {precision!r}'
+    if zero_policy != "isolate":
+        return f'zero_policy must be "isolate", got {zero_policy!r}'
+    if num_heads != 1:
+        return f"num_heads must be 1, got {num_heads}"
+    return None
+
+
+def cpu_plan(
+    metric: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    r: Tensor,
+    size: Tensor | None,
+    protected: Tensor | None,
+    destination: Tensor | None,
+    num_out: int,
+    max_seqlen: int,
+    threshold: float | None,
+    precision: str,
+    order: str,
+    zero_policy: str,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    total = metric.shape[0]
+    metric, r = metric.contiguous(), r.to(torch.int32).contiguous()
+    cu_in, cu_out = cu_seqlens_in.to(torch.int64), cu_seqlens_out.to(torch.int64)
+    size = None if size is None else size.float().contiguous()
+    protected = None if protected is None else protected.contiguous()
+    destination = None if destination is None else destination.contiguous()
+    assign, weight = torch.zeros(total, dtype=torch.int32), torch.zeros(total)
+    size_out, anchor = torch.zeros(num_out), torch.zeros(num_out, dtype=torch.int32)
+    valid = torch.zeros(num_out, dtype=torch.bool)
+    _C.tome_plan(
+        *(metric.data_ptr(), total, metric.shape[1], cu_in.data_ptr(), cu_out.data_ptr(), cu_in.numel() - 1),
+        *(r.data_ptr(), r.shape[0], _pointer(size), _pointer(protected), _pointer(destination), num_out),
+        *(threshold, order == "position"),
+        *(assign.data_ptr(), size_out.data_ptr(), weight.data_ptr(), anchor.data_ptr(), valid.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return assign, size_out, weight, anchor, valid
+
+
+def cpu_supports_merge(
+    x: Tensor,
+    assign: Tensor,
+    size: Tensor,
+    weight: Tensor | None,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    num_out: int,
+    max_seqlen: int,
+    reduce: str,
+    binary_weight: bool,
+    layout: list[int],
+) -> str | None:
+    if reduce == "max":
+        return 'reduce must be "mean" or "sum", got \'max\''
+    return _declines_dtype("x", x)
+
+
+def cpu_merge(
+    x: Tensor,
+    assign: Tensor,
+    size: Tensor,
+    weight: Tensor | None,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    num_out: int,
+    max_seqlen: int,
+    reduce: str,
+    binary_weight: bool,
+    layout: list[int],
+) -> Tensor:
+    x = _unit_channel_stride(x)
+    num_tokens, rows = _token_rows(x, layout)
+    assign, size = assign.contiguous(), size.float().contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    y = torch.empty(num_out, rows[0] * rows[1] ** 2, dtype=x.dtype)
+    _C.tome_merge(
+        *(x.data_ptr(), _DTYPES[x.dtype], rows, num_tokens, assign.data_ptr()),
+        *(size.data_ptr() if reduce == "mean" else 0, _pointer(weight), num_out, y.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def cpu_supports_gather(
+    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]
+) -> str | None:
+    return _declines_dtype("y", y)
+
+
+def cpu_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
+    y, assign = y.contiguous(), assign.contiguous()
+    size = None if size is None else size.float().contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    if layout:
+        _, h, w, shuffle, prefix = layout
+        x = y.new_empty(assign.shape[0] * shuffle**2 // (h * w), prefix + h * w, y.shape[1] // shuffle**2)
+    else:
+        x = y.new_empty(assign.shape[0], y.shape[1])
+    num_tokens, rows = _token_rows(x, layout)
+    _C.tome_gather(
+        *(y.data_ptr(), _DTYPES[y.dtype], y.shape[0], assign.data_ptr(), _pointer(size), _pointer(weight)),
+        *(rows, num_tokens, x.data_ptr(), torch.get_num_threads()),
+    )
+    return x

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles csrc/**/*.cu for the host, against the emulation in include/, and loads the result."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+
+
+class HostKernels:
+    """The compiled kernels: `call("gather_rows", tensors and numbers)`, in either order of threads."""
+
+    def __init__(self, path: Path):
+        self.library = ctypes.CDLL(str(path))
+
+    def call(self, name: str, *args: Any, reverse: bool = False) -> None:
+        """Raises RuntimeError with the message of the C++ exception."""
+        function = getattr(self.library, f"host_{name}")
+        function.restype = ctypes.c_char_p
+        self.library.host_reverse_order(int(reverse))
+        message = function(*map(_to_c, args))
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+
+def _to_c(value: Any) -> Any:
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, (list, tuple)):
+        return (ctypes.c_int64 * len(value))(*value)
+    return ctypes.c_int64(value)
+
+
+@pytest.fixture(scope="session")
+def compile_for_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """compile_for_host(sources, name, flags) -> a shared object; skips where there is no C++ compiler."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler (apt-get install g++)")
+
+    def build(sources: list[Path], name: str, flags: tuple[str, ...] = ()) -> Path:
+        target = tmp_path_factory.mktemp("cuda_on_host") / name
+        include = [f"-I{folder}" for folder in (HERE / "include", ROOT / "csrc" / "include")]
+        command = [compiler, *FLAGS, *flags, *include, "-x", "c++", *map(str, sources), "-o", str(target)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return target
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def host_kernels(compile_for_host: Callable[..., Path]) -> HostKernels:
+    sources = [*sorted((ROOT / "csrc").glob("*/*.cu")), HERE / "emulation_check.cu", HERE / "driver.cpp"]
+    return HostKernels(compile_for_host(sources, "kernels.so"))

@@ -1,0 +1,484 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs CUDA C++ on the host: .cu files compiled by a C++ compiler as they are, against this header instead of the CUDA
+// toolkit's. One block at a time, its threads as fibers on one OS thread, switched only where a thread waits, so every
+// run is deterministic. The order of threads can be reversed: a race between two barriers then changes the result.
+// For tests only: tensor-core and bulk-copy instructions, streams and textures are not here.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <ucontext.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __constant__ static
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+// Blocks run one after the other, so one static object is the shared memory of each in turn.
+#define __shared__ static
+#define LRC_DYNAMIC_SHARED(TYPE, NAME) TYPE* const NAME = reinterpret_cast<TYPE*>(emulation::dynamic_shared())
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+struct cudaLaunchAttribute {};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace emulation {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kMaxSharedBytes = 232448;
+constexpr unsigned kMaxThreads = 1024;
+
+/// True: the last thread and the last block run first.
+inline bool reverse_order = false;
+inline std::string last_error;
+
+/// A wait of some lanes of a warp for each other: a shuffle, a vote or __syncwarp.
+struct WarpExchange {
+  const char* operation = nullptr;
+  uint32_t arrived = 0;
+  uint64_t generation = 0;
+  uint64_t incoming[32] = {};
+  uint64_t values[32] = {};
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = true;
+  const char* waits_for = nullptr;
+  void* fake_stack = nullptr;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::function<void()> body;
+  std::map<std::pair<unsigned, uint32_t>, WarpExchange> exchanges;
+  std::vector<uint64_t> shared;
+  ucontext_t scheduler;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  std::exception_ptr error;
+  unsigned current = 0, alive = 0, at_barrier = 0;
+  uint64_t barrier_generation = 0, progress = 0;
+  int barrier_count = 0, barrier_result = 0;
+};
+inline Block block;
+
+inline void* dynamic_shared() { return block.shared.data(); }
+
+inline void start_switch(void** save, const void* stack, size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(save, stack, bytes);
+#else
+  (void)save, (void)stack, (void)bytes;
+#endif
+}
+
+inline void finish_switch(void* saved, const void** stack, size_t* bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(saved, stack, bytes);
+#else
+  (void)saved, (void)stack, (void)bytes;
+#endif
+}
+
+inline void yield() {
+  Fiber& fiber = block.fibers[block.current];
+  start_switch(&fiber.fake_stack, block.scheduler_stack, block.scheduler_stack_bytes);
+  swapcontext(&fiber.context, &block.scheduler);
+  finish_switch(fiber.fake_stack, &block.scheduler_stack, &block.scheduler_stack_bytes);
+}
+
+inline void release_barrier_if_complete() {
+  if (block.at_barrier > 0 && block.at_barrier == block.alive) {
+    block.at_barrier = 0;
+    block.barrier_result = block.barrier_count;
+    block.barrier_count = 0;
+    ++block.barrier_generation;
+    ++block.progress;
+  }
+}
+
+inline void fiber_main() {
+  finish_switch(nullptr, &block.scheduler_stack, &block.scheduler_stack_bytes);
+  try {
+    block.body();
+  } catch (...) {
+    if (!block.error) block.error = std::current_exception();
+  }
+  Fiber& fiber = block.fibers[block.current];
+  fiber.done = true;
+  --block.alive;
+  ++block.progress;
+  release_barrier_if_complete();
+  start_switch(nullptr, block.scheduler_stack, block.scheduler_stack_bytes);
+  swapcontext(&fiber.context, &block.scheduler);
+}
+
+/// Waits for every thread of the block that has not returned; the number of threads whose predicate holds.
+inline int barrier(int predicate) {
+  const uint64_t generation = block.barrier_generation;
+  ++block.at_barrier;
+  ++block.progress;
+  block.barrier_count += predicate != 0;
+  release_barrier_if_complete();
+  block.fibers[block.current].waits_for = "__syncthreads";
+  while (block.barrier_generation == generation) yield();
+  block.fibers[block.current].waits_for = nullptr;
+  return block.barrier_result;
+}
+
+/// Gives `value` to the other lanes of `mask` and waits for theirs; the array of all lanes' values.
+inline const uint64_t* exchange(const char* operation, uint32_t mask, uint64_t value) {
+  const unsigned lane = block.current % warpSize;
+  const unsigned warp = block.current / warpSize;
+  if (!(mask >> lane & 1)) {
+    throw std::runtime_error(std::string(operation) + ": lane " + std::to_string(lane) + " is not in its own mask");
+  }
+  const unsigned in_warp = std::min<unsigned>(warpSize, static_cast<unsigned>(block.fibers.size()) - warp * warpSize);
+  if (in_warp < warpSize) mask &= (1u << in_warp) - 1;
+  WarpExchange& slot = block.exchanges[{warp, mask}];
+  if (slot.arrived != 0 && std::strcmp(slot.operation, operation) != 0) {
+    throw std::runtime_error(std::string("lanes of one warp disagree: ") + slot.operation + " and " + operation);
+  }
+  const uint64_t generation = slot.generation;
+  slot.operation = operation;
+  slot.incoming[lane] = value;
+  slot.arrived |= 1u << lane;
+  ++block.progress;
+  if (slot.arrived == mask) {
+    std::memcpy(slot.values, slot.incoming, sizeof(slot.values));
+    slot.arrived = 0;
+    ++slot.generation;
+  }
+  block.fibers[block.current].waits_for = operation;
+  while (slot.generation == generation) yield();
+  block.fibers[block.current].waits_for = nullptr;
+  return slot.values;
+}
+
+inline void resume(unsigned index) {
+  block.current = index;
+  const unsigned plane = blockDim.x * blockDim.y;
+  threadIdx = {index % blockDim.x, index % plane / blockDim.x, index / plane};
+  Fiber& fiber = block.fibers[index];
+  start_switch(&block.scheduler_fake_stack, fiber.stack.data(), fiber.stack.size());
+  swapcontext(&block.scheduler, &fiber.context);
+  finish_switch(block.scheduler_fake_stack, nullptr, nullptr);
+}
+
+inline std::string describe_waits() {
+  std::map<std::string, int> counts;
+  for (const Fiber& fiber : block.fibers) {
+    if (!fiber.done) ++counts[fiber.waits_for ? fiber.waits_for : "nothing"];
+  }
+  std::string text;
+  for (const auto& [what, count] : counts) {
+    text += (text.empty() ? "" : ", ") + std::to_string(count) + " threads wait at " + what;
+  }
+  return text;
+}
+
+/// Runs block.body once for each thread of the block at blockIdx.
+inline void run_block() {
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  block.fibers.resize(threads);
+  block.exchanges.clear();
+  block.error = nullptr;
+  block.at_barrier = block.barrier_count = 0;
+  block.alive = threads;
+  // 0xFF bytes are NaN in every floating type: memory that no thread of this block wrote shows in the result.
+  std::memset(block.shared.data(), 0xFF, block.shared.size() * sizeof(uint64_t));
+  for (Fiber& fiber : block.fibers) {
+    fiber.stack.resize(kStackBytes);
+    fiber.done = false;
+    fiber.waits_for = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  while (block.alive > 0) {
+    const uint64_t before = block.progress;
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned index = reverse_order ? threads - 1 - i : i;
+      if (!block.fibers[index].done) resume(index);
+      if (block.error) std::rethrow_exception(block.error);
+    }
+    if (block.progress == before) throw std::runtime_error("deadlock: " + describe_waits());
+  }
+}
+
+inline void run_grid(const cudaLaunchConfig_t& config) {
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
+  block.shared.resize((config.dynamicSmemBytes + 7) / 8);
+  const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t index = reverse_order ? blocks - 1 - i : i;
+    blockIdx = {static_cast<unsigned>(index % gridDim.x), static_cast<unsigned>(index / gridDim.x % gridDim.y),
+                static_cast<unsigned>(index / gridDim.x / gridDim.y)};
+    try {
+      run_block();
+    } catch (const std::exception& error) {
+      throw std::runtime_error("block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
+                               std::to_string(blockIdx.z) + "): " + error.what());
+    }
+  }
+}
+
+template <typename T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8, "warp operations move at most 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <typename T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+/// What __shfl*_sync returns: the value of lane `source`, or the lane's own where that lies outside its group.
+template <typename T>
+T shuffle(const char* operation, unsigned mask, T value, int source, int width, bool inside) {
+  const uint64_t* values = exchange(operation, mask, to_bits(value));
+  const int lane = static_cast<int>(block.current % warpSize);
+  const int target = inside ? lane / width * width + source : lane;
+  if (!(mask >> target & 1)) {
+    throw std::runtime_error(std::string(operation) + ": lane " + std::to_string(target) + " is not in the mask");
+  }
+  return from_bits<T>(values[target]);
+}
+
+}  // namespace emulation
+
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  const dim3 grid = config->gridDim, threads = config->blockDim;
+  const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535 ||
+      count == 0 || count > emulation::kMaxThreads || config->dynamicSmemBytes > emulation::kMaxSharedBytes) {
+    emulation::last_error = "invalid configuration argument";
+    return cudaErrorInvalidConfiguration;
+  }
+  std::tuple<Params...> values(std::forward<Args>(args)...);
+  emulation::block.body = [&] { std::apply(kernel, values); };
+  try {
+    emulation::run_grid(*config);
+  } catch (const std::exception& error) {
+    emulation::last_error = error.what();
+    return cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+inline const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaSuccess ? "no error" : emulation::last_error.c_str();
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int value) {
+  if (value >= 0 && static_cast<size_t>(value) <= emulation::kMaxSharedBytes) return cudaSuccess;
+  emulation::last_error = "invalid argument";
+  return cudaErrorInvalidValue;
+}
+inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t = nullptr) {
+  std::memset(pointer, value, bytes);
+  return cudaSuccess;
+}
+
+inline void __syncthreads() { emulation::barrier(0); }
+inline int __syncthreads_count(int predicate) { return emulation::barrier(predicate); }
+inline int __syncthreads_or(int predicate) { return emulation::barrier(predicate) > 0; }
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { emulation::exchange("__syncwarp", mask, 0); }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  return emulation::shuffle("__shfl_sync", mask, value, source & (width - 1), width, true);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
+  const int lane = static_cast<int>(emulation::block.current % warpSize), source = lane ^ lane_mask;
+  return emulation::shuffle("__shfl_xor_sync", mask, value, source % width, width, source / width <= lane / width);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int source = static_cast<int>(emulation::block.current % width) - static_cast<int>(delta);
+  return emulation::shuffle("__shfl_up_sync", mask, value, source, width, source >= 0);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int source = static_cast<int>(emulation::block.current % width) + static_cast<int>(delta);
+  return emulation::shuffle("__shfl_down_sync", mask, value, source, width, source < width);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const uint64_t* values = emulation::exchange("__ballot_sync", mask, predicate != 0);
+  unsigned result = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) result |= (mask >> lane & 1u & static_cast<unsigned>(values[lane])) << lane;
+  return result;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+
+// Threads switch only where they wait, so a plain read and write is atomic.
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+template <typename T>
+T atomicMax(T* address, T value) {
+  const T old = *address;
+  *address = old < value ? value : old;
+  return old;
+}
+template <typename T>
+T atomicMin(T* address, T value) {
+  const T old = *address;
+  *address = value < old ? value : old;
+  return old;
+}
+template <typename T>
+T atomicExch(T* address, T value) {
+  return std::exchange(*address, value);
+}
+template <typename T>
+T atomicCAS(T* address, T compare, T value) {
+  const T old = *address;
+  if (old == compare) *address = value;
+  return old;
+}
+template <typename T>
+T atomicOr(T* address, T value) {
+  const T old = *address;
+  *address = old | value;
+  return old;
+}
+
+template <typename T>
+T __ldg(const T* pointer) {
+  return *pointer;
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+inline unsigned __float_as_uint(float value) { return emulation::from_bits<unsigned>(emulation::to_bits(value)); }
+inline float __uint_as_float(unsigned value) { return emulation::from_bits<float>(emulation::to_bits(value)); }
+inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
+inline float __int_as_float(int value) { return __uint_as_float(static_cast<unsigned>(value)); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float value) { return std::exp(value); }
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+using std::max;
+using std::min;
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
+using nv_bfloat16 = __nv_bfloat16;
+using half = __half;
+
+inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return {0x7FFF};
+  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+inline __nv_bfloat16 __float2bfloat16(float value) { return __float2bfloat16_rn(value); }
+
+inline float __half2float(__half value) {
+  const uint32_t sign = uint32_t{value.bits} >> 15 << 31, exponent = value.bits >> 10 & 0x1F, mantissa = value.bits & 0x3FF;
+  if (exponent == 0) {
+    const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
+    return sign ? -magnitude : magnitude;
+  }
+  if (exponent == 31) return __uint_as_float(sign | 0x7F800000 | mantissa << 13);
+  return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+inline __half __float2half_rn(float value) {
+  const uint32_t bits = __float_as_uint(value), magnitude = bits & 0x7FFFFFFF;
+  const uint32_t sign = bits >> 16 & 0x8000;
+  if (magnitude > 0x7F800000) return {0x7FFF};
+  // 65520 and above round to infinity; below 2^-14 the result is subnormal, a multiple of 2^-24.
+  if (magnitude >= 0x477FF000) return {static_cast<uint16_t>(sign | 0x7C00)};
+  if (magnitude < 0x38800000) {
+    const float scaled = std::ldexp(__uint_as_float(magnitude), 24);
+    return {static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(scaled)))};
+  }
+  const uint32_t rounded = magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1);
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+inline __half __float2half(float value) { return __float2half_rn(value); }
