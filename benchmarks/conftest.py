@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `bench` fixture: correctness first, then times of a kernel and its peers, interleaved, beside the ceiling that the
-same run measured. CPU figures are of one thread and are called CPU figures."""
+"""The `bench` fixture: correctness first, then times of a kernel and its peers, interleaved, beside the ceiling that
+the same run measured. CPU figures are of one thread and are called CPU figures."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def full_size(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def ceiling(device: torch.device, full_size: bool) -> dict[str, float]:
-    """What this device reaches on random data: a copy (bytes read plus written, GB/s) and a matrix product (TFLOP/s)."""
+    """What this device reaches on random data: a copy (bytes read + written, GB/s) and a matrix product (TFLOP/s)."""
     elements, edge = (1 << 29, 8192) if device.type == "cuda" else (1 << 23, 1024 if full_size else 384)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = torch.randn(elements, device=device, dtype=dtype)

@@ -49,7 +49,9 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
             cells.append(f"{row[key]:.1f} ({row[key] / row['median_us']:.2f}×)" if key in row else "–")
         lines.append("| " + " | ".join(cells) + " |")
     where = sorted({f"{row['device']}, torch {row['torch']}, triton {row['triton']}" for row in rows})
-    ceilings = sorted({f"{row['ceiling_gbps']:.0f} GB/s copy, {row['ceiling_tflops']:.3g} TFLOP/s matmul" for row in rows})
+    ceilings = sorted(
+        {f"{row['ceiling_gbps']:.0f} GB/s copy, {row['ceiling_tflops']:.3g} TFLOP/s matmul" for row in rows}
+    )
     notes = [f"Measured on {'; '.join(where)}.", f"Ceiling of the same run: {'; '.join(ceilings)}."]
     return "\n".join([*lines, "", *notes, f"Made by `{command}`.", ""])
 

@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/tome.h"
 #ifdef LRC_WITH_CUDA
+#include "lrc/device.h"
 #include "lrc/tome.h"
 #endif
 
@@ -21,12 +22,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-lrc::cpu::TokenRows token_rows(const std::array<int64_t, 7>& v) { return {v[0], v[1], v[2], v[3], v[4], v[5], v[6]}; }
+lrc::TokenRows token_rows(const std::array<int64_t, 7>& v) {
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6]};
+}
 
 void tome_head_mean(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens, int64_t num_heads,
                     uintptr_t metric, int threads) {
-  lrc::cpu::tome_head_mean({pointer<void>(x), static_cast<lrc::cpu::DType>(dtype), token_rows(rows), num_tokens,
-                            num_heads, pointer<float>(metric), threads});
+  lrc::cpu::tome_head_mean({pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows), num_tokens, num_heads,
+                            pointer<float>(metric), threads});
 }
 
 void tome_plan(uintptr_t metric, int64_t num_tokens, int64_t num_channels, uintptr_t cu_seqlens_in,
@@ -61,31 +64,29 @@ void tome_plan(uintptr_t metric, int64_t num_tokens, int64_t num_channels, uintp
 
 void tome_merge(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t assign,
                 uintptr_t size, uintptr_t weight, int64_t num_out, uintptr_t y, int threads) {
-  lrc::cpu::tome_merge({pointer<void>(x), static_cast<lrc::cpu::DType>(dtype), token_rows(rows), num_tokens,
+  lrc::cpu::tome_merge({pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows), num_tokens,
                         pointer<int32_t>(assign), pointer<float>(size), pointer<float>(weight), num_out,
                         pointer<void>(y), threads});
 }
 
 void tome_gather(uintptr_t y, int dtype, int64_t num_rows, uintptr_t assign, uintptr_t size, uintptr_t weight,
                  const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t x, int threads) {
-  lrc::cpu::tome_gather({pointer<void>(y), static_cast<lrc::cpu::DType>(dtype), num_rows, pointer<int32_t>(assign),
+  lrc::cpu::tome_gather({pointer<void>(y), static_cast<lrc::DType>(dtype), num_rows, pointer<int32_t>(assign),
                          pointer<float>(size), pointer<float>(weight), token_rows(rows), num_tokens, pointer<void>(x),
                          threads});
 }
 
 #ifdef LRC_WITH_CUDA
-lrc::TokenRows device_rows(const std::array<int64_t, 7>& v) { return {v[0], v[1], v[2], v[3], v[4], v[5], v[6]}; }
-
 void cuda_tome_head_mean(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens,
                          int64_t num_heads, uintptr_t metric, uintptr_t stream) {
-  lrc::head_mean(pointer<void>(x), static_cast<lrc::DType>(dtype), device_rows(rows), num_tokens, num_heads,
+  lrc::head_mean(pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows), num_tokens, num_heads,
                  pointer<float>(metric), reinterpret_cast<cudaStream_t>(stream));
 }
 
 void cuda_tome_gather(uintptr_t y, int dtype, uintptr_t assign, uintptr_t size, uintptr_t weight,
                       const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t x, uintptr_t stream) {
   lrc::gather_rows(pointer<void>(y), static_cast<lrc::DType>(dtype), pointer<int32_t>(assign), pointer<float>(size),
-                   pointer<float>(weight), device_rows(rows), num_tokens, pointer<void>(x),
+                   pointer<float>(weight), token_rows(rows), num_tokens, pointer<void>(x),
                    reinterpret_cast<cudaStream_t>(stream));
 }
 #endif
@@ -95,15 +96,19 @@ void cuda_tome_gather(uintptr_t y, int dtype, uintptr_t assign, uintptr_t size, 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "lrc_kernels native code: addresses in, nothing out. Call lrc_kernels instead, which checks its arguments.";
   m.def("cpu_isa", [] { return lrc::cpu::isa_name(lrc::cpu::active_isa()); }, "The instruction set in use.");
-  m.def("cpu_isas", [] {
-    py::list names;
-    for (const auto isa : {lrc::cpu::Isa::kBaseline, lrc::cpu::Isa::kAvx2, lrc::cpu::Isa::kAvx512}) {
-      if (lrc::cpu::isa_supported(isa)) names.append(lrc::cpu::isa_name(isa));
-    }
-    return names;
-  }, "The instruction sets that this machine and build support.");
-  m.def("set_cpu_isa", [](const std::string& name) { lrc::cpu::set_isa(name.c_str()); }, py::arg("name"),
-        "Force an instruction set for every CPU kernel of this process.");
+  m.def(
+      "cpu_isas",
+      [] {
+        py::list names;
+        for (const auto isa : {lrc::cpu::Isa::kBaseline, lrc::cpu::Isa::kAvx2, lrc::cpu::Isa::kAvx512}) {
+          if (lrc::cpu::isa_supported(isa)) names.append(lrc::cpu::isa_name(isa));
+        }
+        return names;
+      },
+      "The instruction sets that this machine and build support.");
+  m.def(
+      "set_cpu_isa", [](const std::string& name) { lrc::cpu::set_isa(name.c_str()); }, py::arg("name"),
+      "Force an instruction set for every CPU kernel of this process.");
 
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.def("tome_head_mean", &tome_head_mean, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"),
@@ -121,6 +126,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads") = 1);
 #ifdef LRC_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.def("cuda_device_status", &lrc::device_status,
+        "None where the kernels run on the current device, else the reason.");
   m.def("cuda_tome_head_mean", &cuda_tome_head_mean, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"),
         py::arg("num_tokens"), py::arg("num_heads"), py::arg("metric"), py::arg("stream"));
   m.def("cuda_tome_gather", &cuda_tome_gather, NoGil(), py::arg("y"), py::arg("dtype"), py::arg("assign"),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every `triton_kernels.py` shares: the list of configurations that it ships, compiled ahead of time by
-`tools/compile_check.py`, and the names of dtypes in a Triton signature."""
+"""What every op's Triton files share: how a `triton_cases.py` names a configuration that ships, to be compiled ahead of
+time by `tools/compile_check.py`, and the names of dtypes in a Triton signature."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import torch
 
 from lrc_kernels import env
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+ORDER = env.BACKENDS
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 
 LIB = torch.library.Library("lrc", "DEF")

@@ -104,9 +104,7 @@ class VisionEncoder(nn.Module):
         std = 255 * torch.tensor(IMAGENET_STD, device=frames.device).view(3, 1, 1)
         h, w = self.grid
         num_frames = frames.shape[0]
-        tokens = torch.empty(
-            num_frames, 1 + h * w, self.config.hidden_size, dtype=weight.dtype, device=weight.device
-        )
+        tokens = torch.empty(num_frames, 1 + h * w, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
         for start in range(0, num_frames, chunk_frames):
             end = min(start + chunk_frames, num_frames)
             pixels = (frames[start:end].float() - mean) / std
@@ -133,19 +131,20 @@ def _random_internvit(config: VisionConfig, seed: int) -> Any:
         from transformers import InternVLVisionConfig, InternVLVisionModel
     except ImportError as error:
         raise ImportError(f'VisionEncoder needs transformers: pip install "lrc-kernels[model]" ({error})') from error
-    internvl = InternVLVisionConfig(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.intermediate_size,
-        image_size=(config.image_size, config.image_size),
-        patch_size=(config.patch_size, config.patch_size),
-        attention_bias=True,
-        norm_type="layer_norm",
+    settings: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "image_size": (config.image_size, config.image_size),
+        "patch_size": (config.patch_size, config.patch_size),
+        "attention_bias": True,
+        "norm_type": "layer_norm",
         # Mean pooling of the pooled output, which nobody reads, is what makes the final norm an identity.
-        use_mean_pooling=True,
-        attn_implementation="sdpa",
-    )
+        "use_mean_pooling": True,
+        "attn_implementation": "sdpa",
+    }
+    internvl = InternVLVisionConfig(**settings)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would seed the CUDA generators too, which fork_rng does not restore.
         torch.default_generator.manual_seed(seed)

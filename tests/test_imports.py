@@ -35,7 +35,9 @@ def why_forbidden(path: PurePosixPath, name: str) -> str | None:
     allowed = {"torch", "__future__", *sys.stdlib_module_names}
     if path.name.startswith("triton_"):
         shared = parts[:2] == ["lrc_kernels", "_triton"] or parts[:3][-1].startswith("triton_")
-        return None if parts[0] in {"triton", *allowed} or shared else "triton_*.py takes torch, triton and _triton only"
+        return (
+            None if parts[0] in {"triton", *allowed} or shared else "triton_*.py takes torch, triton and _triton only"
+        )
     if path.name == "reference.py" and room not in ("", "packing") and parts[0] not in allowed:
         return "reference.py takes torch only"
     if parts[0] not in FIRST_PARTY:
@@ -97,7 +99,10 @@ def test_a_violation_is_caught(path, source, rule, tmp_path, monkeypatch):
     ("path", "source"),
     [
         ("lrc_kernels/tome/reference.py", "import math, torch\nfrom torch import Tensor"),
-        ("lrc_kernels/tome/triton_kernels.py", "import triton.language as tl\nfrom lrc_kernels._triton import CompileCase"),
+        (
+            "lrc_kernels/tome/triton_kernels.py",
+            "import triton.language as tl\nfrom lrc_kernels._triton import CompileCase",
+        ),
         ("lrc_kernels/tome/triton_kernels.py", "from lrc_kernels.tome.triton_plan import plan_kernel"),
         ("lrc_kernels/tome/native.py", "from lrc_kernels import _C"),
         ("lrc_kernels/tome/op.py", "from lrc_kernels.tome import native, reference\nfrom .plan import MergePlan"),

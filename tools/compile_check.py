@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every shipped kernel for GPUs that need not be here, and holds the result to tests/compile/budgets.toml.
 
-In: the COMPILE_CASES of each triton_kernels.py, and csrc/**/*.cu where nvcc (or a built _C module with CUDA) is found.
+In: the COMPILE_CASES of each triton_cases.py, and csrc/**/*.cu where nvcc (or a built _C module with CUDA) is found.
 Out: a table of registers, spills, shared memory and matrix instructions; exit code 1 where one exceeds its budget.
 `--update` writes the register limits anew.
 """
@@ -48,7 +48,7 @@ def load_modules(paths: list[Path]) -> dict[str, ModuleType]:
     """The modules that hold COMPILE_CASES: those of the package, or the files named on the command line."""
     sys.path.insert(0, str(ROOT))
     modules = {}
-    for path in paths or sorted((ROOT / "lrc_kernels").glob("*/triton_kernels.py")):
+    for path in paths or sorted((ROOT / "lrc_kernels").glob("*/triton_cases.py")):
         if paths:
             spec = importlib.util.spec_from_file_location(path.stem, path)
             assert spec is not None and spec.loader is not None
@@ -148,7 +148,9 @@ def check_triton(modules: dict[str, ModuleType], archs: list[str], cache: Path) 
     failures = [f"{name}: has no COMPILE_CASES" for name, m in modules.items() if not hasattr(m, "COMPILE_CASES")]
     modules = {name: module for name, module in modules.items() if hasattr(module, "COMPILE_CASES")}
     names = [case.name for module in modules.values() for case in module.COMPILE_CASES]
-    failures += [f"{name}: two compile cases have this name" for name in sorted({n for n in names if names.count(n) > 1})]
+    failures += [
+        f"{name}: two compile cases have this name" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
     for name, module in modules.items():
         for index, case in enumerate(module.COMPILE_CASES):
             for arch in archs:
@@ -176,7 +178,7 @@ def check_triton(modules: dict[str, ModuleType], archs: list[str], cache: Path) 
 
 
 def check_cuda(archs: list[str], cache: Path) -> tuple[list[Result], str]:
-    """Registers and spills of the CUDA C++ kernels, the largest over a kernel's template instances, and their origin."""
+    """Registers and spills of the CUDA C++ kernels, the most over a kernel's template instances, and their origin."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     built = [path for path in sorted((ROOT / "lrc_kernels").glob("_C*.so")) if b"sm_90a" in path.read_bytes()]
     if nvcc is None and not built:
@@ -246,7 +248,9 @@ def compare(results: list[Result], budgets: dict[str, Any]) -> list[str]:
         if result.arch not in shared_limits:
             failures.append(f"{where}: no shared memory limit for {result.arch}")
         elif result.shared > shared_limits[result.arch]:
-            failures.append(f"{where}: {result.shared} bytes of shared memory, device limit {shared_limits[result.arch]}")
+            failures.append(
+                f"{where}: {result.shared} bytes of shared memory, device limit {shared_limits[result.arch]}"
+            )
         if result.needs_instruction and not result.instruction:
             failures.append(f"{where}: no tensor-core instruction (wgmma or mma.sync) in its PTX")
     return failures

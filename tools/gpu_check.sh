@@ -92,7 +92,7 @@ wanted() { case ",$only," in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
 
 # pybind11 is needed to build, and torch carries its headers: where the package is absent, they make do.
 pybind11_from_torch() {
-  "$PYTHON" -c 'import pybind11' 2>/dev/null && [ -z "${1:-}" ] && return
+  "$PYTHON" -c 'import pybind11' 2>/dev/null && return
   local include
   include=$("$PYTHON" -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "include"))') || return
   mkdir -p "$work/site/pybind11"
@@ -109,35 +109,6 @@ set(pybind11_FOUND TRUE)
 CMAKE
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 }
-
-# The short list for compute-sanitizer: each ToMe op forward and backward, odd and aligned sizes, on each GPU backend.
-SANITIZE='
-import sys, torch
-from lrc_kernels import backend, tome
-device = "cuda" if torch.cuda.is_available() else "cpu"
-ran_any = False
-for name in sys.argv[1].split(","):
-    for dtype in (torch.float32, torch.bfloat16):
-        for tokens, width, heads in ((64, 128, 4), (37, 52, 4)):
-            x = torch.randn(2, tokens, width, device=device, dtype=dtype, requires_grad=True)
-            with backend.record() as ran:
-                # A backend may have some of the ops only; what it has runs forced, the rest where it can.
-                for op in ("compress", "unmerge"):
-                    try:
-                        with backend.use_backend(name):
-                            y, plan = tome.compress_clips(x, 16, heads, return_plan=True)
-                    except RuntimeError as error:
-                        if "forced" not in str(error): raise
-                        y, plan = tome.compress_clips(x, 16, heads, return_plan=True)
-                        with backend.use_backend(name):
-                            tome.head_mean(x, heads)
-                            tome.unmerge_tokens(y, plan)
-                    y.float().square().sum().backward()
-            ran_any |= any(used == name for _, used in ran)
-            print(name, dtype, tokens, sorted(set(ran)))
-assert ran_any, "no op ran on " + sys.argv[1]
-if device == "cuda": torch.cuda.synchronize()
-'
 
 : >"$summary"
 note "gpu_check $(date -u +%Y-%m-%dT%H:%M:%SZ) stages $only${dry_run:+ (dry run)}"
@@ -185,12 +156,14 @@ if wanted model; then
 fi
 
 if wanted sanitize; then
+  rehearsal="$PYTHON tools/sanitize.py reference"
   for tool in memcheck racecheck; do
     for backend in cuda triton; do
       # Without torch's caching allocator an access past a tensor leaves its allocation, which memcheck then sees.
-      step "${tool}_$backend" 240 "compute-sanitizer" "$PYTHON -c '$SANITIZE' cpu,reference" \
+      step "${tool}_$backend" 240 "compute-sanitizer tools/sanitize.py" "$rehearsal" \
         env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer "--tool=$tool" --error-exitcode=3 \
-        "$PYTHON" -c "$SANITIZE" "$backend"
+        "$PYTHON" tools/sanitize.py "$backend"
+      rehearsal=
     done
   done
 fi

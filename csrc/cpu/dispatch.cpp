@@ -90,9 +90,13 @@ bool isa_supported(Isa isa) {
 #endif
 }
 
-Isa active_isa() { return current_isa().load(std::memory_order_relaxed); }
+Isa active_isa() {
+  return current_isa().load(std::memory_order_relaxed);
+}
 
-const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
+const char* isa_name(Isa isa) {
+  return kIsaNames[static_cast<int>(isa)];
+}
 
 void set_isa(const char* name) {
   for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {

@@ -5,23 +5,9 @@
 
 #include <cstdint>
 
+#include "lrc/token_rows.h"
+
 namespace lrc::cpu {
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-// Token t concatenates shuffle^2 pieces of `width` channels. With frame f = t / tokens_per_frame, u = t %
-// tokens_per_frame, (i, j) = (u / grid_width, u % grid_width), piece (di, dj) starts at
-//   f * frame_stride + (prefix + (i * shuffle + di) * grid_width * shuffle + j * shuffle + dj) * row_stride.
-// Dense [B, N, D] is shuffle 1, tokens_per_frame = grid_width = N; packed [T, D] is one such frame.
-struct TokenRows {
-  int64_t width;
-  int64_t shuffle;
-  int64_t tokens_per_frame;
-  int64_t grid_width;
-  int64_t prefix;
-  int64_t frame_stride;
-  int64_t row_stride;
-};
 
 struct HeadMeanArgs {
   const void* x;
@@ -42,18 +28,18 @@ struct PlanArgs {
   int64_t num_segments;
   const int32_t* r;  // [num_iterations, num_segments]
   int64_t num_iterations;
-  const float* size;           // [num_tokens] or null: ones
+  const float* size;            // [num_tokens] or null: ones
   const uint8_t* is_protected;  // [num_tokens] or null: none
-  const uint8_t* destination;  // [num_tokens] or null: the odd tokens
+  const uint8_t* destination;   // [num_tokens] or null: the odd tokens
   int64_t num_out;
   bool has_threshold;
   float threshold;
   bool position_order;
-  int32_t* assign;   // [num_tokens]
-  float* size_out;   // [num_out], zeros
-  float* weight;     // [num_tokens]
-  int32_t* anchor;   // [num_out], zeros
-  uint8_t* valid;    // [num_out], zeros
+  int32_t* assign;  // [num_tokens]
+  float* size_out;  // [num_out], zeros
+  float* weight;    // [num_tokens]
+  int32_t* anchor;  // [num_out], zeros
+  uint8_t* valid;   // [num_out], zeros
   int threads;
 };
 
@@ -107,8 +93,8 @@ constexpr int64_t kMergeColumns = 2048;
 // library must not be instantiated in the files of an instruction set, whose copies the linker may pick for everyone.
 void rank_rows(const float* score, const uint8_t* is_protected, int32_t* order, int64_t n);
 
-#define LRC_DECLARE_TOME(isa)          \
-  namespace isa {                      \
+#define LRC_DECLARE_TOME(isa)            \
+  namespace isa {                        \
   extern const TomeKernels kTomeKernels; \
   }
 LRC_DECLARE_TOME(baseline)

@@ -56,20 +56,29 @@ inline void sum_heads(const T* x, const T* end, int64_t heads, int64_t head_dim,
 template <class T>
 inline void sum_heads_any(const T* x, const T* end, int64_t heads, int64_t head_dim, int64_t count, float* acc) {
   switch ((count + kLanes - 1) / kLanes) {
-    case 1: return sum_heads<1>(x, end, heads, head_dim, count, acc);
-    case 2: return sum_heads<2>(x, end, heads, head_dim, count, acc);
-    case 3: return sum_heads<3>(x, end, heads, head_dim, count, acc);
-    case 4: return sum_heads<4>(x, end, heads, head_dim, count, acc);
-    case 5: return sum_heads<5>(x, end, heads, head_dim, count, acc);
-    case 6: return sum_heads<6>(x, end, heads, head_dim, count, acc);
-    case 7: return sum_heads<7>(x, end, heads, head_dim, count, acc);
-    default: return sum_heads<8>(x, end, heads, head_dim, count, acc);
+    case 1:
+      return sum_heads<1>(x, end, heads, head_dim, count, acc);
+    case 2:
+      return sum_heads<2>(x, end, heads, head_dim, count, acc);
+    case 3:
+      return sum_heads<3>(x, end, heads, head_dim, count, acc);
+    case 4:
+      return sum_heads<4>(x, end, heads, head_dim, count, acc);
+    case 5:
+      return sum_heads<5>(x, end, heads, head_dim, count, acc);
+    case 6:
+      return sum_heads<6>(x, end, heads, head_dim, count, acc);
+    case 7:
+      return sum_heads<7>(x, end, heads, head_dim, count, acc);
+    default:
+      return sum_heads<8>(x, end, heads, head_dim, count, acc);
   }
 }
 
 // Heads that straddle the pieces of a token: channel by channel.
 template <class T>
-inline void straddling_head_mean(TokenPointer<const T> tokens, int64_t token, int64_t head_dim, float scale, float* out) {
+inline void straddling_head_mean(TokenPointer<const T> tokens, int64_t token, int64_t head_dim, float scale,
+                                 float* out) {
   for (int64_t k = 0; k < head_dim; ++k) out[k] = 0.f;
   int64_t k = 0;
   for (int64_t piece = 0; piece < tokens.pieces(); ++piece) {
@@ -114,8 +123,8 @@ void head_mean_of(const HeadMeanArgs& args) {
 
 constexpr int kMergeRows = 4;
 
-// One step over kMergeRows or fewer tokens of a group, in order: acc = [acc +] w0 x0 + w1 x1 + ...; the last step divides
-// by the group's size and stores to y. Between the steps acc lies in L1.
+// One step over kMergeRows or fewer tokens of a group, in order: acc = [acc +] w0 x0 + w1 x1 + ...; the last step
+// divides by the group's size and stores to y. Between the steps acc lies in L1.
 template <int M, class T>
 inline void merge_step(const T* const* x, const float* w, bool first, bool last, float size, int64_t count, float* acc,
                        T* y) {
@@ -168,10 +177,18 @@ void merge_of(const MergeArgs& args, const int64_t* group_start, const int64_t* 
       }
       const bool first = i == start, last = i + m == end;
       switch (m) {
-        case 1: merge_step<1>(x, w, first, last, size, count, acc, y); break;
-        case 2: merge_step<2>(x, w, first, last, size, count, acc, y); break;
-        case 3: merge_step<3>(x, w, first, last, size, count, acc, y); break;
-        default: merge_step<4>(x, w, first, last, size, count, acc, y); break;
+        case 1:
+          merge_step<1>(x, w, first, last, size, count, acc, y);
+          break;
+        case 2:
+          merge_step<2>(x, w, first, last, size, count, acc, y);
+          break;
+        case 3:
+          merge_step<3>(x, w, first, last, size, count, acc, y);
+          break;
+        default:
+          merge_step<4>(x, w, first, last, size, count, acc, y);
+          break;
       }
     }
   });

@@ -3,7 +3,7 @@
 // by tome.inl inside the namespace of an instruction set.
 //
 // A row of the working set is never normalised or divided by its size: cosine similarity does not see the length, so a
-// merged row is carried as sum(size * m) and only its copy in a panel of set B has length 1.
+// merged row is carried as sum(size * m) and only its copy in a panel has length 1.
 
 // Tokens of set A times vectors of tokens of set B that one tile keeps in registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -24,13 +24,15 @@ struct Row {
 struct Workspace {
   Row *rows, *next;
   int32_t *a, *b, *candidate, *partner, *order, *new_row, *best_column;
-  float *score, *length, *best, *panels, *sums, *units, *zeros;
-  const float** a_row;
+  float *score, *a_length, *b_length, *best, *panels, *sums, *units, *zeros;
+  const float **a_row, **b_row;
   uint8_t *unhealthy, *masked, *a_protected;
   int64_t bytes;
 };
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 template <class T>
 inline void carve(char* base, int64_t* offset, int64_t count, T** out) {
@@ -48,10 +50,12 @@ Workspace carve_workspace(char* base, int64_t n, int64_t channels) {
   int32_t** const lists[] = {&ws.a, &ws.b, &ws.candidate, &ws.partner, &ws.order, &ws.new_row};
   for (int32_t** list : lists) carve(base, &offset, n, list);
   carve(base, &offset, n, &ws.score);
-  carve(base, &offset, n, &ws.length);
+  carve(base, &offset, n, &ws.a_length);
+  carve(base, &offset, n, &ws.b_length);
   carve(base, &offset, padded_a * kLanes, &ws.best);
   carve(base, &offset, padded_a * kLanes, &ws.best_column);
   carve(base, &offset, padded_a, &ws.a_row);
+  carve(base, &offset, n, &ws.b_row);
   uint8_t** const flags[] = {&ws.unhealthy, &ws.masked, &ws.a_protected};
   for (uint8_t** flag : flags) carve(base, &offset, n, flag);
   carve(base, &offset, channels + kLanes, &ws.zeros);
@@ -72,23 +76,15 @@ inline double length_of(const float* m, int64_t channels) {
   int64_t k = 0;
   for (; k + kLanes <= channels; k += kLanes) sum += load(m + k) * load(m + k);
   if (k < channels) sum += load_first(m + k, channels - k) * load_first(m + k, channels - k);
-  float total = 0.f;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  const float total = sum_lanes(sum);
   if (total > 0x1p-80f && total < 0x1p120f) return __builtin_sqrt(total);
   double exact = 0.;
   for (k = 0; k < channels; ++k) exact += static_cast<double>(m[k]) * m[k];
   return __builtin_sqrt(exact);
 }
 
-inline bool is_ordinary(double length) { return length > 0x1p-40 && length < 0x1p60; }
-
-inline void normalise(const float* m, double length, int64_t channels, int64_t stride, float* out) {
-  if (is_ordinary(length)) {
-    const float inverse = static_cast<float>(1. / length);
-    for (int64_t k = 0; k < channels; ++k) out[k * stride] = m[k] * inverse;
-  } else {
-    for (int64_t k = 0; k < channels; ++k) out[k * stride] = static_cast<float>(m[k] / length);
-  }
+inline bool is_ordinary(double length) {
+  return length > 0x1p-40 && length < 0x1p60;
 }
 
 // The tile's dot products against one panel update each row's best (value, column) per lane. A later column replaces an
@@ -137,22 +133,23 @@ void match_rows(const Workspace& ws, int64_t first, int64_t last, int64_t num_ca
                  ws.best_column + i * kLanes);
     }
   }
+  // The last panel is filled up with copies of its last column, which never win: ties go to the lowest column.
   for (int64_t i = first; i < last; ++i) {
-    const float* best = ws.best + i * kLanes;
-    const int32_t* where = ws.best_column + i * kLanes;
-    float top = best[0];
-    int32_t column = where[0];
-    for (int lane = 1; lane < kLanes; ++lane) {
-      const int32_t other = where[lane] + lane;
-      if (best[lane] > top || (best[lane] == top && other < column)) {
-        top = best[lane];
-        column = other;
-      }
+    Vec top = load(ws.best + i * kLanes);
+    IntVec column;
+    __builtin_memcpy(&column, ws.best_column + i * kLanes, sizeof(column));
+    column += lane_index();
+#pragma GCC unroll 4
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      const IntVec lanes = (lane_index() + step) & (kLanes - 1);
+      const Vec other = shuffle(top, top, lanes);
+      const IntVec other_column = shuffle(column, column, lanes);
+      const IntVec better = (other > top) | ((other == top) & (other_column < column));
+      top = better ? other : top;
+      column = better ? other_column : column;
     }
-    // The last panel is filled up with copies of its last column.
-    const int64_t candidate = column < num_candidates ? column : num_candidates - 1;
-    ws.score[i] = top / ws.length[i];
-    ws.partner[i] = ws.candidate[candidate];
+    ws.score[i] = top[0] / ws.a_length[i];
+    ws.partner[i] = ws.candidate[column[0]];
   }
 }
 
@@ -161,46 +158,70 @@ struct Sets {
   int64_t num_a, num_b, num_candidates;
 };
 
-// Splits the n rows, measures them, packs the healthy and open rows of set B into panels.
+// Panel p holds columns [p * kPanel, (p + 1) * kPanel) of set B, channel by channel, with length 1.
+void pack_panels(const Workspace& ws, int64_t num_candidates, int64_t channels) {
+  for (int64_t first = 0; first < round_up(num_candidates, kPanel); first += kLanes) {
+    float* out = ws.panels + first / kPanel * kPanel * channels + first % kPanel;
+    const float* m[kLanes];
+    float inverse[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t column = first + lane < num_candidates ? first + lane : num_candidates - 1;
+      m[lane] = ws.b_row[column];
+      inverse[lane] = 1.f / ws.b_length[column];
+    }
+    int64_t k = 0;
+    for (; k + kLanes <= channels; k += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) block[lane] = load(m[lane] + k);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(out + (k + i) * kPanel, block[i] * load(inverse));
+    }
+    for (; k < channels; ++k) {
+      for (int lane = 0; lane < kLanes; ++lane) out[k * kPanel + lane] = m[lane][k] * inverse[lane];
+    }
+  }
+}
+
+// Splits the n rows into sets, measures them, and packs the healthy and open rows of set B.
 Sets prepare(const Workspace& ws, int64_t n, const uint8_t* destination, int64_t channels) {
   Sets sets = {0, 0, 0};
   for (int64_t i = 0; i < n; ++i) {
     const bool in_b = destination == nullptr ? i % 2 == 1 : destination[i] != 0;
     const Row& row = ws.rows[i];
-    const double length = length_of(row.m, channels);
+    const float* m = row.m;
+    double length = length_of(m, channels);
     // Rows without length and rows that are not finite: their length is 0, infinite or NaN.
     const bool unhealthy = !(length > 0. && length < __builtin_inf());
     ws.unhealthy[i] = unhealthy;
-    if (!in_b) {
+    if (unhealthy) {
+      m = ws.zeros;
+      length = 1.;
+    } else if (!is_ordinary(length)) {
+      float* unit = ws.units + i * channels;
+      for (int64_t k = 0; k < channels; ++k) unit[k] = static_cast<float>(m[k] / length);
+      m = unit;
+      length = 1.;
+    }
+    if (in_b) {
+      const int64_t b = sets.num_b++;
+      ws.b[b] = static_cast<int32_t>(i);
+      if (unhealthy || row.is_protected) continue;
+      const int64_t column = sets.num_candidates++;
+      ws.candidate[column] = static_cast<int32_t>(b);
+      ws.b_row[column] = m;
+      ws.b_length[column] = static_cast<float>(length);
+    } else {
       const int64_t a = sets.num_a++;
       ws.a[a] = static_cast<int32_t>(i);
       ws.a_protected[a] = row.is_protected;
-      ws.a_row[a] = unhealthy ? ws.zeros : row.m;
-      ws.length[a] = unhealthy ? 1.f : static_cast<float>(length);
-      if (!unhealthy && !is_ordinary(length)) {
-        float* unit = ws.units + a * channels;
-        normalise(row.m, length, channels, 1, unit);
-        ws.a_row[a] = unit;
-        ws.length[a] = 1.f;
-      }
-      continue;
+      ws.a_row[a] = m;
+      ws.a_length[a] = static_cast<float>(length);
     }
-    const int64_t b = sets.num_b++;
-    ws.b[b] = static_cast<int32_t>(i);
-    if (unhealthy || row.is_protected) continue;
-    const int64_t column = sets.num_candidates++;
-    ws.candidate[column] = static_cast<int32_t>(b);
-    float* panel = ws.panels + column / kPanel * kPanel * channels + column % kPanel;
-    normalise(row.m, length, channels, kPanel, panel);
   }
   for (int64_t a = sets.num_a; a < round_up(sets.num_a, kTileRows); ++a) ws.a_row[a] = ws.zeros;
-  const int64_t used = sets.num_candidates % kPanel;
-  if (used != 0) {
-    float* panel = ws.panels + sets.num_candidates / kPanel * kPanel * channels;
-    for (int64_t k = 0; k < channels; ++k) {
-      for (int64_t c = used; c < kPanel; ++c) panel[k * kPanel + c] = panel[k * kPanel + used - 1];
-    }
-  }
+  pack_panels(ws, sets.num_candidates, channels);
   return sets;
 }
 
@@ -228,7 +249,7 @@ void match(const Workspace& ws, const Sets& sets, int64_t channels, int threads)
 
 inline void add_row(const Workspace& ws, const Row& from, int64_t channels, Row* into) {
   float* sum = ws.sums + into->anchor * channels;
-  if (into->m == sum && into->scale != 0.f) {
+  if (into->m == sum) {
     for (int64_t k = 0; k < channels; ++k) sum[k] += from.scale * from.m[k];
     return;
   }
@@ -273,7 +294,6 @@ int64_t merge_rows(const Workspace& ws, const Sets& sets, int64_t n, int64_t r, 
   for (int64_t i = 0; i < left; ++i) ws.next[i].size = 0.f;
   for (int64_t i = 0; i < n; ++i) {
     Row& into = ws.next[ws.new_row[i]];
-    into.is_protected |= ws.rows[i].is_protected;
     if (ws.masked[i]) continue;
     into.size += ws.rows[i].size;
     if (ws.rows[i].anchor != into.anchor && ws.rows[i].scale != 0.f) add_row(ws, ws.rows[i], args.num_channels, &into);
@@ -305,7 +325,8 @@ bool plan_segment(const PlanArgs& args, int64_t segment, char* workspace, int64_
   for (int64_t iteration = 0; iteration < args.num_iterations; ++iteration) {
     int64_t r = args.r[iteration * args.num_segments + segment];
     if (r == 0) continue;
-    const Sets sets = prepare(ws, n, args.destination == nullptr ? nullptr : args.destination + start, args.num_channels);
+    const Sets sets =
+        prepare(ws, n, args.destination == nullptr ? nullptr : args.destination + start, args.num_channels);
     r = r < sets.num_a ? r : sets.num_a;
     if (sets.num_b == 0) r = 0;
     match(ws, sets, args.num_channels, threads);

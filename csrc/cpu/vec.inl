@@ -31,10 +31,16 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-inline Vec splat(float value) { return value - Vec{}; }
-inline BitVec splat_bits(uint32_t value) { return BitVec{} + value; }
+inline Vec splat(float value) {
+  return value - Vec{};
+}
+inline BitVec splat_bits(uint32_t value) {
+  return BitVec{} + value;
+}
 
-inline Vec to_float(HalfVec bits, BFloat16) { return bit_cast<Vec>(__builtin_convertvector(bits, BitVec) << 16); }
+inline Vec to_float(HalfVec bits, BFloat16) {
+  return bit_cast<Vec>(__builtin_convertvector(bits, BitVec) << 16);
+}
 
 // Round to nearest even; a NaN keeps its upper bits and becomes quiet.
 inline HalfVec from_float(Vec value, BFloat16) {
@@ -46,12 +52,16 @@ inline HalfVec from_float(Vec value, BFloat16) {
 }
 
 #if defined(__AVX512F__)
-inline Vec to_float(HalfVec bits, Float16) { return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits))); }
+inline Vec to_float(HalfVec bits, Float16) {
+  return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
+}
 inline HalfVec from_float(Vec value, Float16) {
   return bit_cast<HalfVec>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__) && defined(__F16C__)
-inline Vec to_float(HalfVec bits, Float16) { return bit_cast<Vec>(_mm256_cvtph_ps(bit_cast<__m128i>(bits))); }
+inline Vec to_float(HalfVec bits, Float16) {
+  return bit_cast<Vec>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+}
 inline HalfVec from_float(Vec value, Float16) {
   return bit_cast<HalfVec>(_mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
 }
@@ -86,7 +96,9 @@ inline Vec load(const float* p) {
   __builtin_memcpy(&value, p, sizeof(value));
   return value;
 }
-inline void store(float* p, Vec value) { __builtin_memcpy(p, &value, sizeof(value)); }
+inline void store(float* p, Vec value) {
+  __builtin_memcpy(p, &value, sizeof(value));
+}
 
 template <class T>
 inline Vec load(const T* p) {
@@ -111,6 +123,48 @@ inline void store_first(T* p, Vec value, int64_t count) {
   T padded[kLanes];
   store(padded, value);
   __builtin_memcpy(p, padded, count * sizeof(T));
+}
+
+// GCC's shuffle takes any mask and folds a constant one; clang gets there from the loop.
+template <class V>
+inline V shuffle(V a, V b, IntVec lanes) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_shuffle(a, b, lanes);
+#else
+  V result;
+  for (int lane = 0; lane < kLanes; ++lane)
+    result[lane] = lanes[lane] < kLanes ? a[lanes[lane]] : b[lanes[lane] - kLanes];
+  return result;
+#endif
+}
+
+inline IntVec lane_index() {
+  IntVec index = {};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
+  return index;
+}
+
+inline float sum_lanes(Vec v) {
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) v += shuffle(v, v, (lane_index() + step) & (kLanes - 1));
+  return v[0];
+}
+
+// rows[i][j] becomes rows[j][i]: each round interleaves the first half of the vectors with the second.
+inline void transpose(Vec* rows) {
+  const IntVec low = (lane_index() >> 1) + (lane_index() & 1) * kLanes, high = low + kLanes / 2;
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec mixed[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = shuffle(rows[i], rows[i + kLanes / 2], low);
+      mixed[2 * i + 1] = shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+  }
 }
 
 // body(worker) for each worker. With one thread there is no parallel region at all: after a fork, a process that has

@@ -72,8 +72,8 @@ void head_mean(const void* x, DType dtype, const TokenRows& rows, int64_t num_to
     using T = decltype(element);
     constexpr int size_of_vector = kVectorSize<T>;
     const int head_dim = dim / heads;
-    const bool vectors = head_dim % size_of_vector == 0 && rows_are_aligned(index, x, size_of_vector) &&
-                         is_aligned(metric, 16);
+    const bool vectors =
+        head_dim % size_of_vector == 0 && rows_are_aligned(index, x, size_of_vector) && is_aligned(metric, 16);
     auto run = vectors ? launch_head_mean<T, size_of_vector, true> : launch_head_mean<T, 1, true>;
     if (index.shuffle == 1) run = vectors ? launch_head_mean<T, size_of_vector, false> : launch_head_mean<T, 1, false>;
     run(x, index, num_tokens, head_dim, heads, metric, stream);

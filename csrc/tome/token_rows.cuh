@@ -50,9 +50,9 @@ inline RowIndex checked_rows(const TokenRows& rows, int64_t num_tokens) {
   index.frame_stride = rows.frame_stride;
   index.row_stride = rows.row_stride;
   checked_int("rows.shuffle^2 * rows.width", rows.shuffle * rows.shuffle * rows.width, 0);
-  require(num_tokens == 0 || num_tokens % rows.tokens_per_frame == 0,
-          "num_tokens must be whole frames of " + std::to_string(rows.tokens_per_frame) + " tokens, got " +
-              std::to_string(num_tokens));
+  require(num_tokens == 0 || num_tokens % rows.tokens_per_frame == 0, "num_tokens must be whole frames of " +
+                                                                          std::to_string(rows.tokens_per_frame) +
+                                                                          " tokens, got " + std::to_string(num_tokens));
   return index;
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test inputs by name: what goes in is a shape, a dtype and a seed, what comes out is the same tensor on any machine."""
+"""Test inputs by name: a shape, a dtype and a seed go in, the same tensor comes out on any machine."""
 
 from __future__ import annotations
 

@@ -79,7 +79,15 @@ def _repair_dot(interpreter: Any) -> None:
 
 def _refuse_bfloat16(interpreter: Any) -> None:
     builder = interpreter.InterpreterBuilder
-    for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_rsqrt", "create_erf", "create_atomic_rmw"):
+    for name in (
+        "binary_op",
+        "unary_op",
+        "ternary_op",
+        "create_fma",
+        "create_rsqrt",
+        "create_erf",
+        "create_atomic_rmw",
+    ):
         if hasattr(builder, name):
             setattr(builder, name, _guarded(getattr(builder, name), name.removeprefix("create_")))
     if not hasattr(builder, "get_bf16"):

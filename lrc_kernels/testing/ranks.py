@@ -153,7 +153,9 @@ class RankPool:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
         return self._judge(answers, dead, what, timeout)
 
-    def _judge(self, answers: dict[int, tuple[bool, Any]], dead: dict[int, str], what: str, timeout: float) -> list[Any]:
+    def _judge(
+        self, answers: dict[int, tuple[bool, Any]], dead: dict[int, str], what: str, timeout: float
+    ) -> list[Any]:
         failed = {rank: value for rank, (ok, value) in sorted(answers.items()) if not ok}
         silent = [rank for rank in range(self.world_size) if rank not in answers and rank not in dead]
         traces = "".join(f"\n--- rank {rank} ---\n{trace}" for rank, trace in failed.items())
@@ -214,9 +216,7 @@ def _join_group(rank: int, world_size: int, folder: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     store = distributed.FileStore(os.path.join(folder, "store"), world_size)
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
-    )
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
 
 
 def _load_module(name: str, path: str | None) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -39,7 +40,7 @@ def _unit_channel_stride(x: Tensor) -> Tensor:
 
 
 def _token_rows(x: Tensor, layout: list[int]) -> tuple[int, tuple[int, ...]]:
-    """(tokens, `lrc::cpu::TokenRows`) of x [B, N, D], packed [T, D], or a ViT output [F, prefix + h*w, D]."""
+    """(tokens, `lrc::TokenRows`) of x [B, N, D], packed [T, D], or a ViT output [F, prefix + h*w, D]."""
     width = x.shape[-1]
     if layout:
         _, h, w, shuffle, prefix = layout
@@ -179,6 +180,21 @@ def cpu_merge(
     return y
 
 
+def _gather_inputs(
+    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    size = None if size is None else size.float().contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    return y.contiguous(), assign.contiguous(), size, weight
+
+
+def _gather_output(y: Tensor, assign: Tensor, layout: list[int]) -> Tensor:
+    if not layout:
+        return y.new_empty(assign.shape[0], y.shape[1])
+    _, h, w, shuffle, prefix = layout
+    return y.new_empty(assign.shape[0] * shuffle**2 // (h * w), prefix + h * w, y.shape[1] // shuffle**2)
+
+
 def cpu_supports_gather(
     y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]
 ) -> str | None:
@@ -186,17 +202,58 @@ def cpu_supports_gather(
 
 
 def cpu_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
-    y, assign = y.contiguous(), assign.contiguous()
-    size = None if size is None else size.float().contiguous()
-    weight = None if weight is None else weight.float().contiguous()
-    if layout:
-        _, h, w, shuffle, prefix = layout
-        x = y.new_empty(assign.shape[0] * shuffle**2 // (h * w), prefix + h * w, y.shape[1] // shuffle**2)
-    else:
-        x = y.new_empty(assign.shape[0], y.shape[1])
+    y, assign, size, weight = _gather_inputs(y, assign, size, weight)
+    x = _gather_output(y, assign, layout)
     num_tokens, rows = _token_rows(x, layout)
     _C.tome_gather(
         *(y.data_ptr(), _DTYPES[y.dtype], y.shape[0], assign.data_ptr(), _pointer(size), _pointer(weight)),
         *(rows, num_tokens, x.data_ptr(), torch.get_num_threads()),
     )
+    return x
+
+
+@functools.cache
+def _cuda_device_status(device: int) -> str | None:
+    with torch.cuda.device(device):
+        return _C.cuda_device_status()
+
+
+def cuda_unavailable() -> str | None:
+    """Why the CUDA kernels cannot run in this process, or None when they can on some device."""
+    if _missing is not None:
+        return _missing
+    if not _C.has_cuda:
+        return "lrc_kernels was built without CUDA (no nvcc was found, or LRC_CUDA=0)"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def cuda_supports_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> str | None:
+    return _declines_dtype("x", x) or _cuda_device_status(x.device.index)
+
+
+def cuda_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
+    x = _unit_channel_stride(x)
+    num_tokens, rows = _token_rows(x, layout)
+    metric = torch.empty(num_tokens, rows[0] * rows[1] ** 2 // num_heads, dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _C.cuda_tome_head_mean(x.data_ptr(), _DTYPES[x.dtype], rows, num_tokens, num_heads, metric.data_ptr(), stream)
+    return metric
+
+
+def cuda_supports_gather(
+    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]
+) -> str | None:
+    return _declines_dtype("y", y) or _cuda_device_status(y.device.index)
+
+
+def cuda_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
+    y, assign, size, weight = _gather_inputs(y, assign, size, weight)
+    x = _gather_output(y, assign, layout)
+    num_tokens, rows = _token_rows(x, layout)
+    with torch.cuda.device(y.device):
+        _C.cuda_tome_gather(
+            *(y.data_ptr(), _DTYPES[y.dtype], assign.data_ptr(), _pointer(size), _pointer(weight)),
+            *(rows, num_tokens, x.data_ptr(), torch.cuda.current_stream().cuda_stream),
+        )
     return x

@@ -6,6 +6,7 @@ The whole schedule runs on the metric, so that the features are read once for th
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -85,9 +86,7 @@ def _triton(name: str) -> Any:
     """Launch functions are imported on the first call, so that the package imports where Triton is missing."""
 
     def launch(*args: Any) -> Any:
-        from lrc_kernels.tome import triton_kernels
-
-        return getattr(triton_kernels, name)(*args)
+        return getattr(importlib.import_module("lrc_kernels.tome.triton_kernels"), name)(*args)
 
     return launch
 

@@ -14,20 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrc_kernels._triton import CompileCase
-from lrc_kernels.tome.triton_plan import (
-    MATRIX_WARPS,
-    PLAN_CASES,
-    compile_case,
-    plan_blocks,
-    split_bf16,
-    tome_plan_fwd_assign_kernel,
-    tome_plan_fwd_match_kernel,
-    tome_plan_fwd_prepare_kernel,
-    tome_plan_fwd_rank_kernel,
-    tome_plan_fwd_rows_kernel,
-    tome_plan_fwd_step_kernel,
-)
+from lrc_kernels.tome import triton_plan
+from lrc_kernels.tome.triton_plan import MATRIX_WARPS, plan_blocks, split_bf16
 
 # Past these values fp32 does not survive the split into bf16 parts.
 LARGEST = tl.constexpr(3.38e38)
@@ -52,7 +40,8 @@ def _channel_offset(o_c, grid_w, stride_row, stride_c, D: tl.constexpr, SHUFFLE:
     offset = o_c.to(tl.int64) * stride_c
     if SHUFFLE > 1:
         patch = o_c // D
-        offset = (o_c % D).to(tl.int64) * stride_c + (patch // SHUFFLE * grid_w + patch % SHUFFLE).to(tl.int64) * stride_row
+        row = patch // SHUFFLE * grid_w + patch % SHUFFLE
+        offset = (o_c % D).to(tl.int64) * stride_c + row.to(tl.int64) * stride_row
     return offset
 
 
@@ -62,7 +51,7 @@ def tome_head_mean_fwd_kernel(
     K: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, SHUFFLE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of tokens, blocks of K). metric [T, K] = mean over heads h of channel h*K + k, summed in head order."""
+    """Grid (blocks of tokens, blocks of K). metric [T, K] = mean over heads h of channel h*K + k, in order."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_t = o_t < num_tokens
@@ -193,7 +182,7 @@ def tome_gather_fwd_kernel(
     tokens_per_frame, grid_w, prefix, stride_frame, stride_row,
     D: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of tokens * blocks of channels). x[t] = y[assign[t]] * weight[t] / size[assign[t]], scale 0 gives 0."""
+    """Grid (blocks of tokens * blocks of channels). x[t] = y[assign[t]] * weight[t] / size[assign[t]]."""
     i_token = tl.program_id(0) // num_columns
     i_column = tl.program_id(0) % num_columns
     o_t = i_token * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -237,7 +226,8 @@ def _address(x: Tensor, layout: list[int]) -> _Address:
     if layout:
         _, h, w, s, prefix = layout
         per_frame = h * w // s**2
-        return _Address(per_frame, w, prefix, *x.stride(), x.shape[-1], s, x.shape[0] * per_frame)
+        frame, row, channel = x.stride()
+        return _Address(per_frame, w, prefix, frame, row, channel, x.shape[-1], s, x.shape[0] * per_frame)
     frame, row, channel = x.stride() if x.dim() == 3 else (0, *x.stride())
     per_frame = x.shape[-2]
     return _Address(max(1, per_frame), 1, 0, frame, row, channel, x.shape[-1], 1, x.shape[:-1].numel())
@@ -286,10 +276,11 @@ def supports_merge(
     return _check_dtype("x", x)
 
 
-def merge_blocks(num_out: int, num_segments: int, direct: bool) -> tuple[int, int, int, int]:
-    """(rows, tokens, channels, warps) of a tile. The token block orders the sums, so it depends on the dtype alone."""
-    rows = min(128, max(16, triton.next_power_of_2(triton.cdiv(num_out, num_segments))))
-    return rows, 64 if direct else 32, 64, 4 if rows <= 32 else 8
+def merge_blocks(num_out: int, num_segments: int, direct: bool) -> tuple[int, int, int]:
+    """(rows, tokens, channels) of a tile. The token block orders the sums, so it depends on the dtype alone; there
+    are 64 rows at least: a smaller tile takes another matrix instruction, and a clip alone might differ from its batch.
+    """
+    return 64 if num_out <= 64 * num_segments else 128, 64 if direct else 32, 64
 
 
 def launch_merge(
@@ -305,7 +296,7 @@ def launch_merge(
     if y.numel() == 0:
         return y
     direct = binary_weight and x.dtype != torch.float32
-    block_r, block_t, block_c, warps = merge_blocks(num_out, num_segments, direct)
+    block_r, block_t, block_c = merge_blocks(num_out, num_segments, direct)
     num_columns = triton.cdiv(at.width, block_c)
     longest = triton.cdiv(min(max_seqlen, num_out), block_r)
     num_splits = min(longest, max(1, 512 // (num_segments * num_columns)))
@@ -316,7 +307,7 @@ def launch_merge(
             x, assign.contiguous(), None if weight is None else weight.contiguous(), size.contiguous(), y,
             cu_seqlens_in, cu_seqlens_out, *at[:6], num_columns, num_splits, at.channels, at.shuffle,
             block_r, block_t, block_c, binary_weight, reduce == "mean", skip,
-            num_warps=warps, num_stages=3,
+            num_warps=MATRIX_WARPS, num_stages=3,
         )  # fmt: skip
     return y
 
@@ -328,9 +319,7 @@ def supports_gather(
     return _check_dtype("y", y)
 
 
-def launch_gather(
-    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]
-) -> Tensor:
+def launch_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
     """`reference.gather` with a Triton kernel: rows go straight to their place in the ViT layout."""
     num_tokens, width = assign.shape[0], y.shape[1]
     if layout:
@@ -376,13 +365,83 @@ def _destination_order(destination: Tensor, cu_seqlens: Tensor) -> tuple[Tensor,
     """(segment-local token at each set position int32 [T], tokens of set A per segment int32 [S])."""
     total, num_segments = destination.shape[0], cu_seqlens.shape[0] - 1
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    segment = torch.repeat_interleave(
-        torch.arange(num_segments, device=destination.device), lengths, output_size=total
-    )
+    segment = torch.repeat_interleave(torch.arange(num_segments, device=destination.device), lengths, output_size=total)
     order = torch.argsort(2 * segment + destination.long(), stable=True) - starts[segment]
     before = torch.nn.functional.pad((~destination).long().cumsum(0), (1, 0))
     sources = before[cu_seqlens[1:].long()] - before[starts]
     return order.int(), sources.int()
+
+
+class _Buffers(NamedTuple):
+    """What the launches of one plan share."""
+
+    cu_seqlens: Tensor
+    r: Tensor
+    counts: Tensor
+    order: Tensor | None
+    sources: Tensor | None
+    new_row: Tensor
+    unit: Tensor | None
+    state: Tensor
+    score: Tensor
+    partner: Tensor
+
+
+class _Tokens(NamedTuple):
+    """The tokens before an iteration; None where size 1, the token's own index, no flag is meant.
+
+    `payload` is the metric, and has no rows after the last iteration, where nothing reads it.
+    """
+
+    payload: Tensor
+    size: Tensor | None
+    anchor: Tensor | None
+    protected: Tensor | None
+
+
+def _iterate(
+    i: int, tokens: _Tokens, at: _Buffers, max_seqlen: int, longest_set: int, threshold: float | None, bf16: bool
+) -> _Tokens:
+    """Launches iteration i; the tokens after it."""
+    (num_iterations, num_segments), total = at.r.shape, at.state.shape[0]
+    payload, size, anchor, protected = tokens
+    width = payload.shape[1]
+    blocks = plan_blocks(width)
+
+    def programs(length: int, block: int) -> int:
+        return num_segments * triton.cdiv(length, block)
+
+    def common(length: int, block: int) -> tuple[int, int, int, int]:
+        return total, num_segments, triton.cdiv(length, block), i
+
+    triton_plan.tome_plan_fwd_prepare_kernel[(programs(max_seqlen, blocks.tokens),)](
+        payload, at.unit, at.state, protected, at.order, at.sources, at.cu_seqlens, at.counts,
+        *common(max_seqlen, blocks.tokens), width, blocks.tokens, blocks.k, blocks.padded_k, bf16, num_warps=4,
+    )  # fmt: skip
+    triton_plan.tome_plan_fwd_match_kernel[(programs(longest_set, blocks.match_a),)](
+        at.unit, at.state, at.score, at.partner, at.order, at.sources, at.r, at.cu_seqlens, at.counts,
+        *common(longest_set, blocks.match_a), blocks.match_a, blocks.match_b, blocks.k, blocks.padded_k, bf16,
+        num_warps=MATRIX_WARPS, num_stages=3,
+    )  # fmt: skip
+    triton_plan.tome_plan_fwd_rank_kernel[(programs(longest_set, blocks.tokens),)](
+        at.score, at.partner, at.state, at.new_row, at.order, at.sources, at.r, at.cu_seqlens, at.counts,
+        0.0 if threshold is None else float(threshold), *common(longest_set, blocks.tokens),
+        blocks.tokens, threshold is not None, num_warps=4,
+    )  # fmt: skip
+    last = i == num_iterations - 1
+    after = _Tokens(
+        payload=torch.empty(0 if last else total, width, dtype=torch.float32, device=payload.device),
+        size=torch.empty(total, dtype=torch.float32, device=payload.device),
+        anchor=torch.empty(total, dtype=torch.int32, device=payload.device),
+        protected=None if protected is None else torch.empty_like(protected),
+    )
+    columns = 1 if last else triton.cdiv(width, blocks.step_k)
+    triton_plan.tome_plan_fwd_step_kernel[(programs(longest_set, blocks.step_b), columns)](
+        payload, size, anchor, protected, at.new_row, None if last else after.payload, *after[1:],
+        at.order, at.sources, at.r, at.cu_seqlens, at.counts, *common(longest_set, blocks.step_b), width,
+        blocks.step_b, blocks.step_a, blocks.step_k, num_warps=MATRIX_WARPS, num_stages=3,
+    )  # fmt: skip
+    return after
 
 
 def launch_plan(
@@ -390,7 +449,7 @@ def launch_plan(
     protected: Tensor | None, destination: Tensor | None, num_out: int, max_seqlen: int, threshold: float | None,
     precision: str, order: str, zero_policy: str, num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`reference.plan` with Triton kernels: same arguments, same result. Launches 4 kernels per iteration and 2 more."""
+    """`reference.plan` with Triton kernels: same arguments, same result. Four launches per iteration and two more."""
     (total, width), num_segments, num_iterations = metric.shape, cu_seqlens_in.shape[0] - 1, r.shape[0]
 
     def empty(shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -402,111 +461,31 @@ def launch_plan(
     if total == 0:
         return assign, size_out, weight, anchor_out, valid
     blocks, bf16 = plan_blocks(width), precision == "bf16"
-    order_in, sources = (None, None) if destination is None else _destination_order(destination, cu_seqlens_in)
-    metric, r = metric.contiguous(), r.contiguous()
-    size = None if size is None else size.float().contiguous()
     count = empty((num_iterations + 1, num_segments), torch.int32)
     count[0] = cu_seqlens_in.diff()
-    new_row, final_row = empty((num_iterations, total), torch.int32), empty(total, torch.int32)
-    unit_dtype, parts = (torch.bfloat16, 1) if bf16 else (torch.float16, 2)
-    unit = empty((parts, total, blocks.padded_k), unit_dtype) if num_iterations else None
-    state, score, partner = empty(total, torch.int8), empty(total, torch.float32), empty(total, torch.int32)
+    unit_shape, unit_dtype = (1 if bf16 else 2, total, blocks.padded_k), torch.bfloat16 if bf16 else torch.float16
+    order_in, sources = (None, None) if destination is None else _destination_order(destination, cu_seqlens_in)
+    at = _Buffers(
+        cu_seqlens=cu_seqlens_in, r=r.contiguous(), counts=count, order=order_in, sources=sources,
+        new_row=empty((num_iterations, total), torch.int32),
+        unit=empty(unit_shape, unit_dtype) if num_iterations else None,
+        state=empty(total, torch.int8), score=empty(total, torch.float32), partner=empty(total, torch.int32),
+    )  # fmt: skip
+    size = None if size is None else size.float().contiguous()
     shield = None if protected is None else protected.contiguous().view(torch.int8)
-    payload, anchor, step_size = metric, None, size
+    tokens = _Tokens(metric.contiguous(), size, None, shield)
     longest_set = (max_seqlen + 1) // 2 if destination is None else max_seqlen
-
-    def grid(length: int, block: int) -> tuple[int, int]:
-        num_blocks = triton.cdiv(length, block)
-        return num_segments * num_blocks, num_blocks
-
+    final_row, num_blocks = empty(total, torch.int32), triton.cdiv(max_seqlen, blocks.tokens)
     with torch.cuda.device_of(metric):
         for i in range(num_iterations):
-            programs, num_blocks = grid(max_seqlen, blocks.tokens)
-            tome_plan_fwd_prepare_kernel[(programs,)](
-                payload, unit, state, shield, order_in, sources, cu_seqlens_in, count,
-                total, num_segments, num_blocks, i, width, blocks.tokens, blocks.k, blocks.padded_k, bf16, num_warps=4,
-            )  # fmt: skip
-            programs, num_blocks = grid(longest_set, blocks.match_a)
-            tome_plan_fwd_match_kernel[(programs,)](
-                unit, state, score, partner, order_in, sources, r, cu_seqlens_in, count,
-                total, num_segments, num_blocks, i,
-                blocks.match_a, blocks.match_b, blocks.k, blocks.padded_k, bf16, num_warps=MATRIX_WARPS, num_stages=3,
-            )  # fmt: skip
-            programs, num_blocks = grid(longest_set, blocks.tokens)
-            tome_plan_fwd_rank_kernel[(programs,)](
-                score, partner, state, new_row, order_in, sources, r, cu_seqlens_in, count,
-                0.0 if threshold is None else float(threshold), total, num_segments, num_blocks, i,
-                blocks.tokens, threshold is not None, num_warps=4,
-            )  # fmt: skip
-            last = i == num_iterations - 1
-            next_payload = None if last else empty((total, width), torch.float32)
-            next_size, next_anchor = empty(total, torch.float32), empty(total, torch.int32)
-            next_shield = None if shield is None else torch.empty_like(shield)
-            programs, num_blocks = grid(longest_set, blocks.step_b)
-            tome_plan_fwd_step_kernel[(programs, 1 if last else triton.cdiv(width, blocks.step_k))](
-                payload, step_size, anchor, shield, new_row, next_payload, next_size, next_anchor, next_shield,
-                order_in, sources, r, cu_seqlens_in, count, total, num_segments, num_blocks, i, width,
-                blocks.step_b, blocks.step_a, blocks.step_k, num_warps=MATRIX_WARPS, num_stages=3,
-            )  # fmt: skip
-            payload, step_size, anchor, shield = next_payload, next_size, next_anchor, next_shield
-        programs, num_blocks = grid(max_seqlen, blocks.tokens)
-        tome_plan_fwd_rows_kernel[(programs,)](
-            step_size, anchor, size_out, anchor_out, valid.view(torch.int8), final_row, cu_seqlens_in, cu_seqlens_out,
-            count, num_segments, num_blocks, num_iterations, blocks.tokens, order == "position", num_warps=4,
+            tokens = _iterate(i, tokens, at, max_seqlen, longest_set, threshold, bf16)
+        triton_plan.tome_plan_fwd_rows_kernel[(num_segments * num_blocks,)](
+            tokens.size, tokens.anchor, size_out, anchor_out, valid.view(torch.int8), final_row, cu_seqlens_in,
+            cu_seqlens_out, count, num_segments, num_blocks, num_iterations, blocks.tokens, order == "position",
+            num_warps=4,
         )  # fmt: skip
-        tome_plan_fwd_assign_kernel[(programs,)](
-            new_row, final_row, size, assign, weight, cu_seqlens_in, total, num_blocks, num_iterations,
+        triton_plan.tome_plan_fwd_assign_kernel[(num_segments * num_blocks,)](
+            at.new_row, final_row, size, assign, weight, cu_seqlens_in, total, num_blocks, num_iterations,
             blocks.tokens, num_warps=4,
         )  # fmt: skip
     return assign, size_out, weight, anchor_out, valid
-
-
-def _head_mean_case(name: str, dtype: str, K: int, num_heads: int, channels: int, shuffle: int) -> CompileCase:
-    block_t, block_k, unroll = head_mean_blocks(K, num_heads)
-    arguments = {
-        "x_ptr": f"*{dtype}", "metric_ptr": "*fp32", "num_tokens": "i32", **_ADDRESS, "stride_c": 1, "K": K,
-        "NUM_HEADS": num_heads, "D": channels, "SHUFFLE": shuffle, "BLOCK_T": block_t, "BLOCK_K": block_k,
-        "UNROLL": unroll,
-    }  # fmt: skip
-    return compile_case(f"tome_head_mean-{name}", tome_head_mean_fwd_kernel, arguments)
-
-
-def _merge_case(name: str, dtype: str, rows: int, channels: int, shuffle: int, binary: bool = True) -> CompileCase:
-    direct = binary and dtype != "fp32"
-    block_r, block_t, block_c, warps = merge_blocks(rows * 64, 64, direct)
-    arguments = {
-        "x_ptr": f"*{dtype}", "assign_ptr": "*i32", "weight_ptr": "*fp32", "size_ptr": "*fp32", "y_ptr": f"*{dtype}",
-        "cu_in_ptr": "*i32", "cu_out_ptr": "*i32", **_ADDRESS, "stride_c": 1, "num_columns": "i32",
-        "num_splits": "i32", "D": channels, "SHUFFLE": shuffle, "BLOCK_R": block_r, "BLOCK_T": block_t,
-        "BLOCK_C": block_c, "BINARY": binary, "MEAN": True, "SKIP": False,
-    }  # fmt: skip
-    return compile_case(f"tome_merge-{name}", tome_merge_fwd_kernel, arguments, num_warps=warps, tensor_cores=True)
-
-
-def _gather_case(name: str, dtype: str, channels: int, shuffle: int) -> CompileCase:
-    arguments = {
-        "y_ptr": f"*{dtype}", "assign_ptr": "*i32", "size_ptr": "*fp32", "weight_ptr": "*fp32", "x_ptr": f"*{dtype}",
-        "num_tokens": "i32", "num_columns": "i32", "stride_y_row": "i32", "stride_y_c": 1, **_ADDRESS, "D": channels,
-        "SHUFFLE": shuffle, "BLOCK_T": 2, "BLOCK_C": 1024,
-    }  # fmt: skip
-    return compile_case(f"tome_gather-{name}", tome_gather_fwd_kernel, arguments)
-
-
-_ADDRESS = dict.fromkeys(("tokens_per_frame", "grid_w", "prefix", "stride_frame", "stride_row"), "i32")
-
-# The released and the paper's connector (1024 channels, pixel shuffle 2, 64 and 128 rows a clip), plain rows beside it.
-COMPILE_CASES = [
-    _head_mean_case("vit-bf16", "bf16", 128, 32, 1024, 2),
-    _head_mean_case("d4096-bf16", "bf16", 128, 32, 4096, 1),
-    _head_mean_case("d4096-fp32", "fp32", 128, 32, 4096, 1),
-    _head_mean_case("k88-bf16", "bf16", 88, 16, 1408, 1),
-    *PLAN_CASES,
-    _merge_case("vit-bf16-64", "bf16", 64, 1024, 2),
-    _merge_case("vit-bf16-128", "bf16", 128, 1024, 2),
-    _merge_case("d4096-bf16-128", "bf16", 128, 4096, 1),
-    _merge_case("d4096-fp32-64", "fp32", 64, 4096, 1),
-    _merge_case("d4096-fp32-128", "fp32", 128, 4096, 1),
-    _merge_case("d1408-bf16-weighted", "bf16", 128, 1408, 1, binary=False),
-    _gather_case("vit-bf16", "bf16", 1024, 2),
-    _gather_case("d4096-fp32", "fp32", 4096, 1),
-]

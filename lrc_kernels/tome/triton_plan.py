@@ -8,14 +8,10 @@ An iteration is four launches: prepare (unit vectors), match (best partner), ran
 
 from __future__ import annotations
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-
-from lrc_kernels._triton import CompileCase
 
 HEALTHY = tl.constexpr(1)
 PROTECTED = tl.constexpr(2)
@@ -42,11 +38,7 @@ def _segment(cu_ptr, num_blocks):
 
 @triton.jit
 def _num_sources(n, i_segment, sources_ptr):
-    if sources_ptr is None:
-        num_sources = (n + 1) // 2
-    else:
-        num_sources = tl.load(sources_ptr + i_segment)
-    return num_sources
+    return (n + 1) // 2 if sources_ptr is None else tl.load(sources_ptr + i_segment)
 
 
 @triton.jit
@@ -62,11 +54,7 @@ def _token_at(o_set, m_set, n_a, start, order_ptr):
 @triton.jit
 def _load_or(ptr, offset, mask, default: tl.constexpr):
     """Values at ptr + offset, or `default` where there is no tensor."""
-    if ptr is None:
-        value = tl.where(mask, default, default)
-    else:
-        value = tl.load(ptr + offset, mask=mask, other=default)
-    return value
+    return tl.where(mask, default, default) if ptr is None else tl.load(ptr + offset, mask=mask, other=default)
 
 
 _PLAIN = ["num_segments", "num_blocks", "iteration", "num_iterations"]
@@ -128,10 +116,7 @@ def tome_plan_fwd_prepare_kernel(
 def _load_parts(row_ptr, o_k, m_row, low, BF16: tl.constexpr):
     """High and low part [rows, chunk of K] of unit vectors; the same twice where there is one part."""
     high = tl.load(row_ptr[:, None] + o_k[None, :], mask=m_row[:, None], other=0.0)
-    if BF16:
-        rest = high
-    else:
-        rest = tl.load(row_ptr[:, None] + low + o_k[None, :], mask=m_row[:, None], other=0.0)
+    rest = high if BF16 else tl.load(row_ptr[:, None] + low + o_k[None, :], mask=m_row[:, None], other=0.0)
     return high, rest
 
 
@@ -182,10 +167,7 @@ def tome_plan_fwd_match_kernel(
                 o_k = k + tl.arange(0, BLOCK_K)
                 a, a_low = _load_parts(a_ptr, o_k, m_a, low, BF16)
                 score = _similarity(a, a_low, b_ptr, o_k, m_b, low, score, BF16)
-        if BF16:
-            score = score.to(tl.bfloat16).to(tl.float32)
-        else:
-            score = score * (1.0 / 65536.0)
+        score = score.to(tl.bfloat16).to(tl.float32) if BF16 else score * (1.0 / 65536.0)
         state = tl.load(state_ptr + start + n_a + o_b, mask=m_b, other=0).to(tl.int32)
         score = tl.where((state == HEALTHY)[None, :], score, -float("inf"))
         better = score > best
@@ -344,12 +326,8 @@ def tome_plan_fwd_step_kernel(
     if tl.program_id(1) == 0:
         tl.store(next_size_ptr + start + row, size, mask=m_b)
         tl.store(next_size_ptr + start + row_a, size_a, mask=m_a)
-        if anchor_ptr is None:
-            anchor_b = token
-            anchor_a = token_a
-        else:
-            anchor_b = tl.load(anchor_ptr + start + token, mask=m_b, other=0)
-            anchor_a = tl.load(anchor_ptr + start + token_a, mask=m_a, other=0)
+        anchor_b = token if anchor_ptr is None else tl.load(anchor_ptr + start + token, mask=m_b, other=0)
+        anchor_a = token_a if anchor_ptr is None else tl.load(anchor_ptr + start + token_a, mask=m_a, other=0)
         tl.store(next_anchor_ptr + start + row, anchor_b, mask=m_b)
         tl.store(next_anchor_ptr + start + row_a, anchor_a, mask=m_a)
         if protected_ptr is not None:
@@ -389,10 +367,7 @@ def tome_plan_fwd_rows_kernel(
     o_i = i_block * BLOCK + tl.arange(0, BLOCK)
     m_live = o_i < n
     size = tl.where(m_live, _load_or(size_ptr, start + o_i, m_live, 1.0), 0.0)
-    if anchor_ptr is None:
-        anchor = tl.where(m_live, o_i, 0)
-    else:
-        anchor = tl.load(anchor_ptr + start + o_i, mask=m_live, other=0)
+    anchor = tl.where(m_live, o_i, 0) if anchor_ptr is None else tl.load(anchor_ptr + start + o_i, mask=m_live, other=0)
     position = o_i
     if BY_ANCHOR and anchor_ptr is not None:
         before = tl.zeros([BLOCK], tl.int32)
@@ -422,7 +397,7 @@ def tome_plan_fwd_assign_kernel(
     m_t = o_t < n
     weight = _load_or(size_ptr, start + o_t, m_t, 1.0)
     row = o_t
-    for i in range(0, num_iterations):
+    for i in range(num_iterations):
         row = tl.load(new_row_ptr + i * total.to(tl.int64) + start + row, mask=m_t, other=0)
         weight = tl.where(row < 0, 0.0, weight)
         row = tl.where(row < 0, -1 - row, row)
@@ -435,7 +410,7 @@ MATRIX_WARPS = 8
 
 
 class PlanBlocks(NamedTuple):
-    """Tile sizes: tokens of A and of B in the match, tokens elsewhere, rows, A tokens and K of the step, K, padded K."""
+    """Tiles: tokens of A and of B in the match, tokens elsewhere; rows, A tokens, K of the step; K, padded K."""
 
     match_a: int
     match_b: int
@@ -454,71 +429,3 @@ def plan_blocks(width: int) -> PlanBlocks:
     else:
         k, padded = 64, triton.cdiv(width, 64) * 64
     return PlanBlocks(match_a=128, match_b=32, tokens=64, step_b=64, step_a=32, step_k=min(64, k), k=k, padded_k=padded)
-
-
-def compile_case(
-    name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, num_stages: int = 3,
-    tensor_cores: bool = False,
-) -> CompileCase:  # fmt: skip
-    """A CompileCase whose run-time arguments are those given by a Triton type ("*fp32", "i32")."""
-    types = {key: value for key, value in arguments.items() if isinstance(value, str)}
-    values = {key: value for key, value in arguments.items() if not isinstance(value, str)}
-    return CompileCase(name, kernel, types, values, num_warps, num_stages, tensor_cores)
-
-
-_ABSENT = {"order_ptr": None, "sources_ptr": None, "protected_ptr": None, "next_protected_ptr": None}
-_TYPES = {
-    **dict.fromkeys(("new_row_ptr", "final_row_ptr", "partner_ptr", "anchor_ptr", "next_anchor_ptr"), "*i32"),
-    **dict.fromkeys(("r_ptr", "cu_ptr", "cu_out_ptr", "count_ptr", "anchor_out_ptr", "assign_ptr"), "*i32"),
-    **dict.fromkeys(("payload_ptr", "next_payload_ptr", "size_ptr", "next_size_ptr", "score_ptr"), "*fp32"),
-    **dict.fromkeys(("size_out_ptr", "weight_ptr"), "*fp32"),
-    **dict.fromkeys(("state_ptr", "valid_ptr"), "*i8"),
-    **dict.fromkeys(("total", "num_segments", "num_blocks", "iteration", "num_iterations"), "i32"),
-    "threshold": "fp32",
-}
-
-
-def _plan_case(name: str, kernel: Any, arguments: dict[str, Any], num_warps: int = 4) -> CompileCase:
-    known = {key: value for key, value in {**_TYPES, **_ABSENT}.items() if key in kernel.arg_names}
-    tensor_cores = num_warps == MATRIX_WARPS and arguments.get("next_payload_ptr", True) is not None
-    return compile_case(name, kernel, {**known, **arguments}, num_warps=num_warps, tensor_cores=tensor_cores)
-
-
-def _match_case(name: str, width: int, bf16: bool) -> CompileCase:
-    at = plan_blocks(width)
-    tiles = {"BLOCK_A": at.match_a, "BLOCK_B": at.match_b, "BLOCK_K": at.k, "PADDED_K": at.padded_k, "BF16": bf16}
-    unit = "*bf16" if bf16 else "*fp16"
-    return _plan_case(f"tome_match-{name}", tome_plan_fwd_match_kernel, {"unit_ptr": unit, **tiles}, MATRIX_WARPS)
-
-
-def _prepare_case(name: str, width: int, bf16: bool) -> CompileCase:
-    at = plan_blocks(width)
-    tiles = {"K": width, "BLOCK_T": at.tokens, "BLOCK_K": at.k, "PADDED_K": at.padded_k, "BF16": bf16}
-    unit = "*bf16" if bf16 else "*fp16"
-    return _plan_case(f"tome_prepare-{name}", tome_plan_fwd_prepare_kernel, {"unit_ptr": unit, **tiles})
-
-
-def _step_case(name: str, width: int, last: bool) -> CompileCase:
-    at = plan_blocks(width)
-    tiles = {"K": width, "BLOCK_B": at.step_b, "BLOCK_A": at.step_a, "BLOCK_K": at.step_k}
-    changed = {"next_payload_ptr": None} if last else {}
-    return _plan_case(f"tome_step-{name}", tome_plan_fwd_step_kernel, {**changed, **tiles}, MATRIX_WARPS)
-
-
-# K = 88 (InternVideo2-1B) is padded to 128 and runs the same code as K = 128 (InternVideo2.5).
-PLAN_CASES = [
-    _prepare_case("k128-fp32", 128, False),
-    _prepare_case("k128-bf16", 128, True),
-    _match_case("k64-fp32", 64, False),
-    _match_case("k128-fp32", 128, False),
-    _match_case("k128-bf16", 128, True),
-    _match_case("k320-fp32", 320, False),
-    _plan_case("tome_rank", tome_plan_fwd_rank_kernel, {"BLOCK": 64, "HAS_THRESHOLD": False}),
-    _plan_case("tome_rank-threshold", tome_plan_fwd_rank_kernel, {"BLOCK": 64, "HAS_THRESHOLD": True}),
-    _step_case("k64", 64, False),
-    _step_case("k128", 128, False),
-    _step_case("last", 128, True),
-    _plan_case("tome_rows", tome_plan_fwd_rows_kernel, {"BLOCK": 64, "BY_ANCHOR": False}),
-    _plan_case("tome_rows-position", tome_plan_fwd_rows_kernel, {"BLOCK": 64, "BY_ANCHOR": True}),
-    _plan_case("tome_assign", tome_plan_fwd_assign_kernel, {"BLOCK": 64}),
-]

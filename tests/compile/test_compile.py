@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.uname().machine != "x86_64", reason="Triton's wheels carry cuobjdump for Linux x86-64"
 )
 
-KERNELS = '''
+KERNELS = """
 import triton, triton.language as tl
 from lrc_kernels._triton import CompileCase
 
@@ -41,7 +41,7 @@ CASES = {
     "misnamed": CompileCase("misnamed", copy_kernel, {"x": "*fp32"}, {"BLOCK": 64}),
 }
 COMPILE_CASES = list(CASES.values())
-'''
+"""
 BUDGETS = """
 [shared_memory]
 sm_80 = 40000
@@ -95,7 +95,9 @@ def test_each_kind_of_failure_is_found(tmp_path):
 @pytest.mark.triton
 def test_update_writes_limits_that_then_hold(tmp_path):
     kernels, budgets = tmp_path / "planted_kernels.py", tmp_path / "budgets.toml"
-    kernels.write_text(KERNELS.split("CASES = {")[0] + 'COMPILE_CASES = [CompileCase("copy", copy_kernel, copy, {"BLOCK": 64})]\n')
+    kernels.write_text(
+        KERNELS.split("CASES = {")[0] + 'COMPILE_CASES = [CompileCase("copy", copy_kernel, copy, {"BLOCK": 64})]\n'
+    )
     budgets.write_text(BUDGETS)
     args = (kernels, "--budgets", budgets, "--arch", "sm_80", "--cache", tmp_path / "cache")
     assert check(*args).returncode == 1

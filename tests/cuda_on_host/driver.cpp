@@ -27,13 +27,17 @@ const char* guarded(Body&& body) {
   }
 }
 
-lrc::TokenRows rows_of(const int64_t* v) { return {v[0], v[1], v[2], v[3], v[4], v[5], v[6]}; }
+lrc::TokenRows rows_of(const int64_t* v) {
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6]};
+}
 
 }  // namespace
 
 extern "C" {
 
-void host_reverse_order(int on) { emulation::reverse_order = on != 0; }
+void host_reverse_order(int on) {
+  emulation::reverse_order = on != 0;
+}
 
 const char* host_block_sum(const float* x, float* out, int blocks, int threads, int n) {
   return guarded([&] { check_block_sum(x, out, blocks, threads, n); });

@@ -92,7 +92,9 @@ void check_warp_features(const int* x, int* scan, unsigned* ballot, int* count, 
               histogram, bins);
 }
 
-void check_deadlock(float* out) { lrc::launch("deadlock", deadlock_kernel, dim3(2), dim3(32), 0, nullptr, out); }
+void check_deadlock(float* out) {
+  lrc::launch("deadlock", deadlock_kernel, dim3(2), dim3(32), 0, nullptr, out);
+}
 
 void check_positions(void* out, const int64_t* sizes) {
   lrc::launch("positions", position_kernel, dim3(sizes[0], sizes[1], sizes[2]), dim3(sizes[3], sizes[4], sizes[5]), 0,

@@ -62,7 +62,21 @@ def test_launch_limits(host_kernels):
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.float32, 0), (torch.bfloat16, 1), (torch.float16, 2)])
 def test_conversions_round_as_torch_does(host_kernels, dtype, code):
-    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65504.0, 65519.9, 65520.0, 1e-8, 6e-8, 2.0**-25, 3e38, 1e-40]
+    special = [
+        0.0,
+        -0.0,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        65504.0,
+        65519.9,
+        65520.0,
+        1e-8,
+        6e-8,
+        2.0**-25,
+        3e38,
+        1e-40,
+    ]
     random = torch.randint(-(2**31), 2**31 - 1, (4000,), dtype=torch.int32).view(torch.float32)
     x = torch.cat([torch.tensor(special), random, torch.randn(2000), torch.randn(2000) * 1e-5, torch.randn(500) * 3e4])
     out = torch.empty_like(x)

@@ -50,7 +50,15 @@ def check_head_mean(metric, x, num_heads, layout=()):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "num_heads"),
-    [((2, 5, 64), 4), ((1, 7, 352), 4), ((3, 4, 12), 12), ((2, 3, 30), 2), ((1, 300, 16), 2), ((2, 1, 24), 1), ((0, 4, 8), 2)],
+    [
+        ((2, 5, 64), 4),
+        ((1, 7, 352), 4),
+        ((3, 4, 12), 12),
+        ((2, 3, 30), 2),
+        ((1, 300, 16), 2),
+        ((2, 1, 24), 1),
+        ((0, 4, 8), 2),
+    ],
     ids=["k16", "k88", "k1", "k15", "two_blocks", "one_head", "empty"],
 )
 def test_head_mean(host_kernels, dtype, shape, num_heads):

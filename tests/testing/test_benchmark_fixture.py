@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (pip install lrc-kernels[test])")
 ROOT = Path(__file__).parents[2]
 
-BENCHMARKS = '''
+BENCHMARKS = """
 import torch
 from lrc_kernels.backend import use_backend
 from lrc_kernels.tome import head_mean
@@ -52,7 +52,7 @@ def test_wrong_backend(bench):
 
 def test_no_op_of_ours(bench):
     bench(eager, backend="reference", **SIZES)
-'''
+"""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the planted benchmarks use CPU tensors")

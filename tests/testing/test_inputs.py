@@ -32,7 +32,12 @@ def test_video_like_has_a_hub_and_singletons():
 def test_the_special_tokens_are_there():
     assert make_input("all_equal", (2, 5, 3)).unique(dim=1).shape[1] == 1
     assert make_input("with_ties", (1, 64, 8))[0].unique(dim=0).shape[0] <= 4
-    assert (make_input("with_zero_tokens", (2, 16, 4)).abs().sum(-1) == 0)[0].nonzero().flatten().tolist() == [0, 1, 7, 14]
+    assert (make_input("with_zero_tokens", (2, 16, 4)).abs().sum(-1) == 0)[0].nonzero().flatten().tolist() == [
+        0,
+        1,
+        7,
+        14,
+    ]
     bad = ~make_input("with_nan_token", (2, 16, 4)).isfinite().all(-1)
     assert bad.nonzero().tolist() == [[0, 8], [0, 12]]
 

@@ -25,7 +25,9 @@ def test_bound_is_twice_the_error_of_torch_plus_two_ulp():
     same = torch.tensor([1.0 + 4 * 2**-23, 0.5])
     bound = 2 * 4 * 2**-23 + 2 * 2**-23
     assert_close(torch.tensor([1.0 + bound, 0.5]), reference, same)
-    with pytest.raises(AssertionError, match=r"same-dtype torch.*ulp of torch\.float32.*1 of 2 elements, worst at \[0\]"):
+    with pytest.raises(
+        AssertionError, match=r"same-dtype torch.*ulp of torch\.float32.*1 of 2 elements, worst at \[0\]"
+    ):
         assert_close(torch.tensor([1.0 + bound + 2**-23, 0.5]), reference, same)
 
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <utility>
 
-#include "lrc/dtype.h"
+#include "lrc/token_rows.h"
 
 namespace lrc {
 
@@ -39,7 +39,9 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 /// Blocks along x; the grid's limit is reached at more rows than memory can hold.
 inline dim3 grid_x(int64_t blocks) {
@@ -47,23 +49,34 @@ inline dim3 grid_x(int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks), 1, 1);
 }
 
-inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool is_aligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 /// Calls `body` with a value-initialised element of the C++ type of `dtype`.
 template <typename Body>
 void dispatch_dtype(DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::kFloat32: return body(float{});
-    case DType::kBFloat16: return body(__nv_bfloat16{});
-    case DType::kFloat16: return body(__half{});
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(__nv_bfloat16{});
+    case DType::kFloat16:
+      return body(__half{});
   }
   throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
                               std::to_string(static_cast<int>(dtype)));
 }
 
-__host__ __device__ inline float to_float(float value) { return value; }
-__host__ __device__ inline float to_float(__half value) { return __half2float(value); }
-__host__ __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__host__ __device__ inline float to_float(float value) {
+  return value;
+}
+__host__ __device__ inline float to_float(__half value) {
+  return __half2float(value);
+}
+__host__ __device__ inline float to_float(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
 
 template <typename T>
 __host__ __device__ T from_float(float value);

@@ -7,24 +7,9 @@
 
 #include <cstdint>
 
-#include "lrc/dtype.h"
+#include "lrc/token_rows.h"
 
 namespace lrc {
-
-/// Where tokens lie in memory. Token t concatenates shuffle^2 pieces of `width` channels (pixel shuffle v2). With frame
-/// f = t / tokens_per_frame, u = t % tokens_per_frame and (i, j) = (u / grid_width, u % grid_width), piece (di, dj)
-/// starts at
-///   f * frame_stride + (prefix + (i * shuffle + di) * grid_width * shuffle + j * shuffle + dj) * row_stride.
-/// Dense [B, N, D] is shuffle 1 and tokens_per_frame = grid_width = N; packed [T, D] is one such frame.
-struct TokenRows {
-  int64_t width;
-  int64_t shuffle;
-  int64_t tokens_per_frame;
-  int64_t grid_width;
-  int64_t prefix;
-  int64_t frame_stride;
-  int64_t row_stride;
-};
 
 /// metric[t, k] = (1 / num_heads) * sum over h of x[t, h * K + k], in ascending h in fp32, K = token width / num_heads.
 /// x as `rows` says, metric fp32 [num_tokens, K].

@@ -61,12 +61,25 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+inline int4 make_int4(int x, int y, int z, int w) {
+  return {x, y, z, w};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 struct cudaLaunchAttribute {};
@@ -126,7 +139,9 @@ struct Block {
 };
 inline Block block;
 
-inline void* dynamic_shared() { return block.shared.data(); }
+inline void* dynamic_shared() {
+  return block.shared.data();
+}
 
 inline void start_switch(void** save, const void* stack, size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -342,7 +357,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 inline const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaSuccess ? "no error" : emulation::last_error.c_str();
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int value) {
   if (value >= 0 && static_cast<size_t>(value) <= emulation::kMaxSharedBytes) return cudaSuccess;
@@ -354,10 +376,18 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaS
   return cudaSuccess;
 }
 
-inline void __syncthreads() { emulation::barrier(0); }
-inline int __syncthreads_count(int predicate) { return emulation::barrier(predicate); }
-inline int __syncthreads_or(int predicate) { return emulation::barrier(predicate) > 0; }
-inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { emulation::exchange("__syncwarp", mask, 0); }
+inline void __syncthreads() {
+  emulation::barrier(0);
+}
+inline int __syncthreads_count(int predicate) {
+  return emulation::barrier(predicate);
+}
+inline int __syncthreads_or(int predicate) {
+  return emulation::barrier(predicate) > 0;
+}
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
+  emulation::exchange("__syncwarp", mask, 0);
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -383,11 +413,16 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* values = emulation::exchange("__ballot_sync", mask, predicate != 0);
   unsigned result = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) result |= (mask >> lane & 1u & static_cast<unsigned>(values[lane])) << lane;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    result |= (mask >> lane & 1u & static_cast<unsigned>(values[lane])) << lane;
   return result;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline int __any_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, !predicate) == 0;
+}
 
 // Threads switch only where they wait, so a plain read and write is atomic.
 template <typename T>
@@ -429,16 +464,36 @@ template <typename T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
-inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int __ffs(int value) { return __builtin_ffs(value); }
-inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
-inline unsigned __float_as_uint(float value) { return emulation::from_bits<unsigned>(emulation::to_bits(value)); }
-inline float __uint_as_float(unsigned value) { return emulation::from_bits<float>(emulation::to_bits(value)); }
-inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
-inline float __int_as_float(int value) { return __uint_as_float(static_cast<unsigned>(value)); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float value) { return std::exp(value); }
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline int __popc(unsigned value) {
+  return __builtin_popcount(value);
+}
+inline int __ffs(int value) {
+  return __builtin_ffs(value);
+}
+inline int __clz(int value) {
+  return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value));
+}
+inline unsigned __float_as_uint(float value) {
+  return emulation::from_bits<unsigned>(emulation::to_bits(value));
+}
+inline float __uint_as_float(unsigned value) {
+  return emulation::from_bits<float>(emulation::to_bits(value));
+}
+inline int __float_as_int(float value) {
+  return static_cast<int>(__float_as_uint(value));
+}
+inline float __int_as_float(int value) {
+  return __uint_as_float(static_cast<unsigned>(value));
+}
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
+inline float __expf(float value) {
+  return std::exp(value);
+}
+inline float rsqrtf(float value) {
+  return 1.0f / std::sqrt(value);
+}
 using std::max;
 using std::min;
 
@@ -451,16 +506,21 @@ struct __half {
 using nv_bfloat16 = __nv_bfloat16;
 using half = __half;
 
-inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
+inline float __bfloat162float(__nv_bfloat16 value) {
+  return __uint_as_float(uint32_t{value.bits} << 16);
+}
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   const uint32_t bits = __float_as_uint(value);
   if ((bits & 0x7FFFFFFF) > 0x7F800000) return {0x7FFF};
   return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
-inline __nv_bfloat16 __float2bfloat16(float value) { return __float2bfloat16_rn(value); }
+inline __nv_bfloat16 __float2bfloat16(float value) {
+  return __float2bfloat16_rn(value);
+}
 
 inline float __half2float(__half value) {
-  const uint32_t sign = uint32_t{value.bits} >> 15 << 31, exponent = value.bits >> 10 & 0x1F, mantissa = value.bits & 0x3FF;
+  const uint32_t sign = uint32_t{value.bits} >> 15 << 31, exponent = value.bits >> 10 & 0x1F,
+                 mantissa = value.bits & 0x3FF;
   if (exponent == 0) {
     const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
     return sign ? -magnitude : magnitude;
@@ -481,4 +541,6 @@ inline __half __float2half_rn(float value) {
   const uint32_t rounded = magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1);
   return {static_cast<uint16_t>(sign | rounded >> 13)};
 }
-inline __half __float2half(float value) { return __float2half_rn(value); }
+inline __half __float2half(float value) {
+  return __float2half_rn(value);
+}

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native module: addresses of tensors in (`Tensor.data_ptr()`), nothing out. csrc/cpu/tome.h says what each is."""
+
+TokenRows = tuple[int, ...] | list[int]
+
+has_cuda: bool
+
+def cpu_isa() -> str: ...
+def cpu_isas() -> list[str]: ...
+def set_cpu_isa(name: str) -> None: ...
+def tome_head_mean(
+    x: int, dtype: int, rows: TokenRows, num_tokens: int, num_heads: int, metric: int, threads: int = 1
+) -> None: ...
+def tome_plan(
+    metric: int,
+    num_tokens: int,
+    num_channels: int,
+    cu_seqlens_in: int,
+    cu_seqlens_out: int,
+    num_segments: int,
+    r: int,
+    num_iterations: int,
+    size: int,
+    is_protected: int,
+    destination: int,
+    num_out: int,
+    threshold: float | None,
+    position_order: bool,
+    assign: int,
+    size_out: int,
+    weight: int,
+    anchor: int,
+    valid: int,
+    threads: int = 1,
+) -> None: ...
+def tome_merge(
+    x: int,
+    dtype: int,
+    rows: TokenRows,
+    num_tokens: int,
+    assign: int,
+    size: int,
+    weight: int,
+    num_out: int,
+    y: int,
+    threads: int = 1,
+) -> None: ...
+def tome_gather(
+    y: int,
+    dtype: int,
+    num_rows: int,
+    assign: int,
+    size: int,
+    weight: int,
+    rows: TokenRows,
+    num_tokens: int,
+    x: int,
+    threads: int = 1,
+) -> None: ...
+def cuda_device_status() -> str | None: ...
+def cuda_tome_head_mean(
+    x: int, dtype: int, rows: TokenRows, num_tokens: int, num_heads: int, metric: int, stream: int
+) -> None: ...
+def cuda_tome_gather(
+    y: int,
+    dtype: int,
+    assign: int,
+    size: int,
+    weight: int,
+    rows: TokenRows,
+    num_tokens: int,
+    x: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One video stream of a file, through PyAV: times in, the frames shown at them out, never a wrong one.
+
+The packets of a file say which frames there should be. Against them each decoded frame is checked, since decoders
+conceal damage: they repeat or invent pictures and report nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import av
+
+# Demuxers whose index lists keyframes from the file's own tables; others guess it while they read.
+INDEXED_FORMATS = ("mov", "mp4", "matroska", "webm", "avi")
+# FFmpeg takes text for the drawing commands of a terminal.
+NOT_VIDEO_FORMATS = ("tty", "ansi")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded frame, the tick of its stream's clock and the second from the stream's start at which it is shown."""
+
+    frame: av.VideoFrame
+    tick: int
+    time_s: float
+    intact: bool
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[VideoStream]:
+    """The first video stream of a file, closed at the end of the block.
+
+    Raises:
+        ImportError: PyAV is not installed. FileNotFoundError: no such file. ValueError: unreadable, or without video.
+    """
+    stream = VideoStream(path)
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+class VideoStream:
+    """Frames by time; forward in time is cheap, backward costs a `restart`."""
+
+    _container: av.container.InputContainer
+    _stream: av.VideoStream
+    _time_base: Fraction
+    _packets: Iterator[av.Packet[av.VideoStream]]
+    _ready: deque[Picture]
+    _current: Picture | None
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import av
+        except ImportError as error:
+            raise ImportError(f'decoding {path} needs PyAV: pip install "lrc-kernels[video]" ({error})') from error
+        if not path.exists():
+            raise FileNotFoundError(f"no such video file: {path}")
+        self._path = path
+        self._error: type[Exception] = av.FFmpegError
+        self._open = av.open
+        self._attached = av.stream.Disposition.attached_pic
+        self._delay = self._interval = 0
+        self.restart()
+        try:
+            rate = self._stream.average_rate or self._stream.guessed_rate
+            self._interval = round(1 / (rate * self._time_base)) if rate else 0
+            self._start = self._stream.start_time or 0
+            self._keyframes, self._last_indexed = self._read_index()
+            self.duration_s = self._duration()
+        except self._error as error:
+            self.close()
+            raise ValueError(f"cannot read {path}: {error}") from error
+        except ValueError:
+            self.close()
+            raise
+
+    @property
+    def fps(self) -> float | None:
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        return float(rate) if rate else None
+
+    @property
+    def num_frames(self) -> int | None:
+        return self._stream.frames or None
+
+    @property
+    def codec(self) -> str:
+        return self._stream.codec_context.name
+
+    def close(self) -> None:
+        self._container.close()
+
+    def restart(self) -> None:
+        """Back to the first packet, by opening the file anew: MPEG-TS loses frames when it seeks to its start."""
+        if hasattr(self, "_container"):
+            self._container.close()
+        try:
+            self._container = self._open(str(self._path), metadata_errors="ignore")
+        except self._error as error:
+            raise ValueError(f"cannot read {self._path} as a video: {error}") from error
+        streams = [s for s in self._container.streams.video if s.codec_context and not s.disposition & self._attached]
+        if not streams or self._container.format.name in NOT_VIDEO_FORMATS:
+            self._container.close()
+            raise ValueError(f"{self._path} holds no video stream")
+        self._stream = streams[0]
+        self._time_base = self._stream.time_base or Fraction(1, 1)
+        self._stream.thread_type = "AUTO"
+        # Without it, decoders fill damaged areas in from other frames and call the result a frame.
+        self._stream.codec_context.options = {"err_detect": "explode"}
+        self._forget()
+
+    def first_frame(self) -> av.VideoFrame:
+        """The first frame that can be decoded, of a stream not yet read from. ValueError where none can."""
+        picture = self._peek()
+        if picture is None:
+            raise ValueError(f"no frame of {self._path} can be decoded")
+        return picture.frame
+
+    def picture_at(self, time_s: float) -> Picture | None:
+        """The last frame with pts <= time_s, None where the file is damaged; time_s must not fall between calls."""
+        # Ticks that were written as seconds come back a rounding error too low.
+        ticks = time_s * self._time_base.denominator / self._time_base.numerator
+        tick = self._start + math.floor(ticks + 1e-3)
+        self._seek_towards(tick)
+        while (following := self._peek()) is not None and following.tick <= tick:
+            self._current = self._ready.popleft()
+        due = bisect.bisect_right(self._due, tick)
+        del self._due[: max(0, due - 1)]
+        shown = self._current
+        if shown is None and not due:
+            # Streams may begin a rounding error after their start_time.
+            shown = following
+        if shown is None or not shown.intact or (due and shown.tick < self._due[0]):
+            return None
+        return None if following is None and self._is_cut_off_before(tick) else shown
+
+    def _forget(self) -> None:
+        self._packets = iter(self._container.demux(self._stream))
+        self._ready = deque()
+        self._current = None
+        self._due: list[int] = []
+        self._first_tick: int | None = None
+        self._last_dts: int | None = None
+        self._end = 0
+        self._broken_at: int | None = None
+        self._ended = False
+
+    def _seek_towards(self, tick: int) -> None:
+        # The index holds decoding times, which are earlier than display times by the delay of reordering.
+        k = bisect.bisect_right(self._keyframes, tick - self._delay) - 1
+        if k < 0 or (self._last_dts is not None and self._keyframes[k] <= self._last_dts):
+            return
+        if self._last_dts is None and k == 0:
+            return
+        for keyframe in reversed(self._keyframes[: k + 1]):
+            try:
+                self._container.seek(keyframe, stream=self._stream)
+            except self._error:
+                continue
+            self._forget()
+            self._feed()
+            if self._first_tick is not None and self._first_tick <= tick:
+                return
+        self.restart()
+
+    def _peek(self) -> Picture | None:
+        while not self._ready and not self._ended:
+            self._feed()
+        return self._ready[0] if self._ready else None
+
+    def _feed(self) -> None:
+        """Demux and decode one packet."""
+        try:
+            packet = next(self._packets)
+        except (StopIteration, self._error):
+            self._ended = True
+            self._decode(None)
+            return
+        if packet.size == 0:
+            return
+        if packet.dts is not None:
+            self._last_dts = packet.dts if self._last_dts is None else max(self._last_dts, packet.dts)
+        if packet.pts is not None:
+            if self._first_tick is None:
+                self._first_tick = packet.pts
+            if packet.dts is not None:
+                self._delay = max(self._delay, packet.pts - packet.dts)
+            self._end = max(self._end, packet.pts + (packet.duration or self._interval))
+            if not packet.is_discard:
+                bisect.insort(self._due, packet.pts)
+        if packet.is_corrupt:
+            self._mark_broken(packet.pts)
+        else:
+            self._decode(packet)
+
+    def _decode(self, packet: av.Packet | None) -> None:
+        try:
+            frames = self._stream.codec_context.decode(packet)
+        except self._error:
+            if packet is not None:
+                self._mark_broken(packet.pts)
+            return
+        for frame in frames:
+            if frame.pts is None:
+                continue
+            # All frames after a broken one may be built on it, up to the next keyframe.
+            if self._broken_at is not None and frame.key_frame and frame.pts > self._broken_at:
+                self._broken_at = None
+            intact = self._broken_at is None and not frame.is_corrupt
+            time_s = float((frame.pts - self._start) * self._time_base)
+            self._ready.append(Picture(frame, frame.pts, time_s, intact))
+
+    def _mark_broken(self, tick: int | None) -> None:
+        tick = self._end if tick is None else tick
+        self._broken_at = tick if self._broken_at is None else max(self._broken_at, tick)
+
+    def _is_cut_off_before(self, tick: int) -> bool:
+        """Whether the packets end too early for the last of them to be shown at `tick`."""
+        if self._last_indexed is not None and self._last_dts is not None and self._last_dts >= self._last_indexed:
+            return False
+        # Matroska rounds times to milliseconds and its packets' durations with them.
+        return tick >= self._end + min(2, self._interval // 2)
+
+    def _read_index(self) -> tuple[list[int], int | None]:
+        """Decoding ticks of the keyframes, and of the last packet where the index lists every packet."""
+        if not any(name in INDEXED_FORMATS for name in self._container.format.name.split(",")):
+            return [], None
+        # Matroska reads its index at the first seek.
+        self._container.seek(self._start, stream=self._stream)
+        entries = [(entry.timestamp, entry.is_keyframe) for entry in self._stream.index_entries]
+        self.restart()
+        last = max(tick for tick, _ in entries) if entries and len(entries) == self._stream.frames else None
+        return sorted(tick for tick, is_keyframe in entries if is_keyframe), last
+
+    def _duration(self) -> float:
+        """Seconds of the video stream; the file's own duration would count longer audio too."""
+        if self._stream.duration:
+            duration = float(self._stream.duration * self._time_base)
+        elif tag := self._stream.metadata.get("DURATION"):
+            hours, minutes, seconds = tag.split(":")
+            duration = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        else:
+            duration = self._measured_duration()
+        if not (math.isfinite(duration) and duration > 0):
+            raise ValueError(f"the video stream of {self._path} has no duration, got {duration} s")
+        return duration
+
+    def _measured_duration(self) -> float:
+        if self._keyframes:
+            self._container.seek(self._keyframes[-1], stream=self._stream)
+        end = self._start
+        for packet in self._container.demux(self._stream):
+            if packet.pts is not None:
+                end = max(end, packet.pts + (packet.duration or self._interval))
+        self.restart()
+        return float((end - self._start) * self._time_base)

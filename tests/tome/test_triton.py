@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of ToMe against the fp64 reference: in the interpreter with small tiles, on a GPU as shipped."""
+
+import pytest
+import torch
+
+from lrc_kernels import VarlenLayout
+from lrc_kernels.backend import record, use_backend
+from lrc_kernels.testing import assert_close, make_input
+from lrc_kernels.tome import (
+    TokenLayout,
+    compress_clips,
+    merge_budget,
+    merge_tokens,
+    plan_merge,
+    reference,
+    unmerge_tokens,
+)
+from lrc_kernels.tome.op import gather_op, head_mean_op, merge_op
+
+# numpy warns in the interpreter where NaN and 0/0 are computed and then masked.
+pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+VIT = [2, 4, 6, 2, 1]
+MARGIN = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch, device):
+    """Tiles of 16 in the interpreter, so that every loop runs three times or more; the shipped ones on a GPU."""
+    if device.type == "cuda":
+        return
+    from lrc_kernels.tome import triton_kernels
+
+    shipped = triton_kernels.plan_blocks
+    small = dict.fromkeys(("match_a", "match_b", "tokens", "step_b", "step_a"), 16)
+    monkeypatch.setattr(triton_kernels, "plan_blocks", lambda width: shipped(width)._replace(**small))
+    monkeypatch.setattr(triton_kernels, "merge_blocks", lambda num_out, num_segments, direct: (16, 16, 16))
+
+
+def on_triton(function, *args, **options):
+    """Run on the Triton backend, and see that nothing else ran."""
+    with use_backend("triton"), record() as ran:
+        result = function(*args, **options)
+    assert ran and {backend for _, backend in ran} == {"triton"}
+    return result
+
+
+def on_reference(function, *args, **options):
+    with use_backend("reference"):
+        return function(*args, **options)
+
+
+def assert_same_plan(plan, wanted):
+    assert torch.equal(plan.assign, wanted.assign)
+    assert torch.equal(plan.anchor, wanted.anchor)
+    torch.testing.assert_close(plan.size, wanted.size, rtol=1e-6, atol=0)
+    assert torch.equal(plan.weight, wanted.weight)
+    assert (plan.valid is None) == (wanted.valid is None)
+    assert plan.valid is None or torch.equal(plan.valid, wanted.valid)
+
+
+def smallest_margin(metric, schedule, size=None, protected=None):
+    """The closest call of one segment in fp64: best against second best partner, and neighbours in the ranking."""
+    metric, margin = metric.double().cpu(), torch.inf
+    n = metric.shape[0]
+    size = torch.ones(n) if size is None else size.cpu()
+    protected = torch.zeros(n, dtype=torch.bool) if protected is None else protected.cpu()
+    for r in schedule:
+        n = metric.shape[0]
+        norm = metric.norm(dim=-1)
+        healthy = norm.isfinite() & (norm > 0)
+        unit = torch.where(healthy[:, None], metric / norm[:, None], 0.0)
+        score = (unit[0::2] @ unit[1::2].T).masked_fill(~healthy[0::2, None] | (~healthy | protected)[1::2], -torch.inf)
+        best = score.sort(dim=1, descending=True).values[:, :2]
+        if r < score.shape[0]:
+            ranked = best[:, 0].sort(descending=True).values
+            best = torch.cat([best, torch.stack([ranked[:-1], ranked[1:]], dim=1)]) if best.shape[1] == 2 else best
+        if best.shape[1] == 2:
+            gap = (best[:, 0] - best[:, 1])[best[:, 1].isfinite()]
+            margin = min(margin, float(gap.min()) if gap.numel() else torch.inf)
+        options = (None, None, "fp32", "reference", "isolate", 1)
+        assign, size_out, weight, _ = reference.plan_segment(metric, [r], size, protected, *options)
+        metric, _ = reference.weighted_mean(metric, torch.where(weight == 0, 0.0, size), assign, n - r)
+        shield = torch.zeros(n - r, dtype=torch.bool)
+        shield[assign[protected]] = True
+        size, protected = size_out, shield
+    return margin
+
+
+def check_plan(metric, layout, *, size=None, protected=None, num_protected=0, budget_of, **options):
+    budget = merge_budget(layout, num_protected=num_protected, **budget_of)
+    start = 0
+    for segment, n in enumerate(layout.lengths):
+        rows = slice(start, start + n)
+        schedule = [r for r in budget.r[:, segment].tolist() if r]
+        shield = None if protected is None else protected[rows]
+        margin = smallest_margin(metric[rows], schedule, None if size is None else size[rows], shield)
+        assert margin > MARGIN, f"the input leaves segment {segment} a call as close as {margin:.2g}"
+        start += n
+    wanted = on_reference(plan_merge, metric.double(), budget, size=size, protected=protected, **options)
+    plan = on_triton(plan_merge, metric, budget, size=size, protected=protected, **options)
+    assert_same_plan(plan, wanted)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("lengths", "width", "budget_of"),
+    [
+        ([96], 64, {"target": 6}),
+        ([70, 0, 33, 1], 20, {"target": [9, 0, 5, 1]}),
+        ([33, 57, 2], 88, {"r": [8, 9]}),
+        ([49, 7], 1, {"r": 0}),
+        ([40], 200, {"target": 12}),
+        ([98], 32, {"target": 64}),
+    ],
+)
+@pytest.mark.parametrize("order", ["reference", "position"])
+def test_plan_equals_the_reference(device, lengths, width, budget_of, order):
+    layout = VarlenLayout(lengths, device)
+    metric = make_input("gaussian", (layout.num_tokens, width), device=device, seed=1)
+    plan = check_plan(metric, layout, budget_of=budget_of, order=order)
+    assert float(plan.size.sum()) == layout.num_tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["with_zero_tokens", "with_nan_token"])
+def test_plan_of_broken_tokens(device, kind, dtype):
+    layout = VarlenLayout([64, 33], device)
+    parts = [make_input(kind, (n, 48), dtype=dtype, device=device, seed=n) for n in layout.lengths]
+    plan = check_plan(torch.cat(parts), layout, budget_of={"target": [8, 4]})
+    if kind == "with_nan_token":
+        assert int((plan.weight == 0).sum()) > 0
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "video_like"])
+def test_each_iteration_from_the_same_state(device, kind):
+    """Where many tokens are near ties, a whole schedule may differ; an iteration may only where its margin is small."""
+    num_tokens, width, target = (1024, 128, 64) if device.type == "cuda" else (128, 32, 8)
+    state = make_input(kind, (2, num_tokens, width), device=device, seed=2)
+    sure_tokens = []
+    while (rows := state.shape[1]) > target:
+        step = on_triton(plan_merge, state, r=rows // 2)
+        wanted = on_reference(plan_merge, state.double(), r=rows // 2)
+        unit = torch.nn.functional.normalize(state.double(), dim=-1)
+        best = (unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)).sort(dim=-1, descending=True).values
+        sure = ((best[..., 0] - best[..., 1]) > MARGIN).flatten()
+        same = (step.assign == wanted.assign).reshape(-1, 2)
+        assert bool(same[:, 0][sure].all()) and bool(same[:, 1].all())
+        sure_tokens.append(sure)
+        state = on_reference(merge_tokens, state.double(), wanted).float()
+    assert float(torch.cat(sure_tokens).double().mean()) > 0.7
+
+
+def test_halving_keeps_the_last_token_of_each_run(device):
+    metric = make_input("video_like", (1, 96, 16), device=device, seed=2)
+    plan = on_triton(plan_merge, metric, r=[48, 24, 12])
+    assert plan.anchor.tolist() == list(range(7, 96, 8))
+    assert float(plan.size.sum()) == 96
+
+
+def exact_tokens(num_tokens, device, kinds=4, width=16):
+    """Tokens of which each has four entries of +-1: unit vectors and scores are exact in bf16, and most scores tie."""
+    random = torch.Generator().manual_seed(3)
+    vectors = torch.zeros(kinds, width)
+    for vector in vectors:
+        vector[torch.randperm(width, generator=random)[:4]] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    return vectors[torch.randint(0, kinds, (num_tokens,), generator=random)].to(device)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("r", [37, 20, 1])
+def test_ties_go_to_the_lowest_index(device, precision, r):
+    metric = exact_tokens(75, device)[None]
+    wanted = on_reference(plan_merge, metric.double(), r=r, precision=precision)
+    assert_same_plan(on_triton(plan_merge, metric, r=r, precision=precision), wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_equal_tokens(device, precision):
+    metric = exact_tokens(70, device, kinds=1)[None]
+    wanted = on_reference(plan_merge, metric.double(), target=9, precision=precision)
+    assert_same_plan(on_triton(plan_merge, metric, target=9, precision=precision), wanted)
+
+
+def test_bf16_rounds_metric_norms_and_scores(device):
+    metric = make_input("gaussian", (90, 24), device=device, seed=4)
+    plan = on_triton(plan_merge, metric[None], r=45, precision="bf16")
+    rounded = metric.bfloat16().double()
+    unit = (rounded / rounded.norm(dim=-1, keepdim=True).bfloat16().double()).bfloat16().double()
+    score = unit[0::2] @ unit[1::2].T
+    chosen = score.gather(1, plan.assign[0::2].long()[:, None])[:, 0]
+    # Scores that round to the same bf16 tie, and the first of them wins.
+    ulp = score.abs().max() * 2**-8
+    assert bool((chosen >= score.max(dim=1).values - ulp).all())
+    tied = (score.bfloat16() == score.bfloat16().max(dim=1, keepdim=True).values).sum(1) > 1
+    first = score.bfloat16().max(dim=1).indices
+    sure = (score.sort(dim=1, descending=True).values[:, :2].diff()[:, 0].abs() > ulp) | tied
+    assert float((plan.assign[0::2].long() == first)[sure].double().mean()) > 0.9
+
+
+def test_sizes_weigh_the_metric(device):
+    layout = VarlenLayout([60, 21], device)
+    metric = make_input("gaussian", (81, 24), device=device, seed=5)
+    size = make_input("gaussian", (81, 1), device=device, seed=6)[:, 0].abs()
+    size[::9] = 0
+    check_plan(metric, layout, size=size, budget_of={"target": [7, 6]})
+
+
+def test_protected_tokens_stay_alone(device):
+    layout = VarlenLayout([60, 21], device)
+    metric = make_input("gaussian", (81, 24), device=device, seed=7)
+    protected = torch.zeros(81, dtype=torch.bool, device=device)
+    protected[[0, 7, 18, 62, 80]] = True
+    plan = check_plan(
+        metric, layout, protected=protected, num_protected=3, budget_of={"r": [18, 9, 4]}, order="position"
+    )
+    assert bool((plan.size[plan.assign[protected].long()] == 1).all())
+
+
+def test_threshold_keeps_dissimilar_tokens(device):
+    layout = VarlenLayout([60, 0, 21], device)
+    metric = make_input("gaussian", (81, 24), device=device, seed=8)
+    plan = check_plan(metric, layout, budget_of={"r": [25, 8]}, threshold=0.4)
+    assert 20 < int(plan.valid.sum()) < 81
+    everything = on_triton(plan_merge, metric, merge_budget(layout, r=[25]), threshold=1.5)
+    assert torch.equal(everything.size, torch.ones(81, device=device))
+
+
+def test_destination_chooses_set_b(device):
+    layout = VarlenLayout([60, 0, 20], device)
+    metric = make_input("gaussian", (80, 24), device=device, seed=9)
+    destination = torch.arange(80, device=device) % 4 == 2
+    metric[2], metric[3] = 0.0, torch.nan
+    budget = merge_budget(layout, r=[30])
+    wanted = on_reference(plan_merge, metric.double(), budget, destination=destination)
+    assert_same_plan(on_triton(plan_merge, metric, budget, destination=destination), wanted)
+
+
+def test_a_broken_token_touches_nothing_else(device):
+    metric = make_input("gaussian", (2, 40, 16), device=device, seed=10)
+    plans = []
+    for value in (torch.nan, 0.0):
+        broken = metric.clone()
+        broken[0, 5], broken[0, 22] = value, value
+        plans.append(on_triton(plan_merge, broken, target=6))
+    for plan in plans[1:]:
+        assert_same_plan(plan, plans[0])
+    whole = on_triton(plan_merge, metric, target=6)
+    assert torch.equal(plans[0].assign[40:], whole.assign[40:])
+
+
+def test_a_clip_alone_equals_the_clip_in_a_batch(device):
+    lengths = [41, 60, 12]
+    layout = VarlenLayout(lengths, device)
+    x = make_input("video_like", (sum(lengths), 40), device=device, dtype=torch.bfloat16, seed=11)
+    budget = merge_budget(layout, target=[5, 6, 7])
+    metric = on_triton(head_mean_op, x, 4, [])
+    plan = on_triton(plan_merge, metric, budget)
+    assert plan.assign.unique().numel() == plan.num_out
+    y = on_triton(merge_tokens, x, plan)
+    again = on_triton(plan_merge, metric, budget)
+    assert_same_plan(again, plan)
+    assert torch.equal(on_triton(merge_tokens, x, again), y)
+    start = first = 0
+    for n, kept in zip(lengths, (5, 6, 7), strict=True):
+        clip = x[start : start + n][None]
+        alone = on_triton(plan_merge, on_triton(head_mean_op, clip, 4, [])[None], target=kept)
+        assert torch.equal(alone.assign + first, plan.assign[start : start + n])
+        assert torch.equal(on_triton(merge_tokens, clip, alone)[0], y[first : first + kept])
+        start, first = start + n, first + kept
+
+
+def feature_cases(dtype, device):
+    """(x, num_heads, layout): dense, strided, packed, one head per channel, and the ViT layout in two memory orders."""
+
+    def make(*shape):
+        return make_input("gaussian", shape, dtype=dtype, device=device, seed=len(shape))
+
+    yield "dense", make(2, 47, 50), 2, []
+    yield "strided", make(2, 60, 37)[:, ::2, 3:], 1, []
+    yield "packed", make(75, 36), 36, []
+    yield "vit", make(4, 25, 12), 6, VIT
+    yield "vit transposed", make(4, 24, 25).transpose(1, 2), 24, VIT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_mean(device, dtype):
+    for name, x, num_heads, layout in feature_cases(dtype, device):
+        metric = on_triton(head_mean_op, x, num_heads, layout)
+        wanted = reference.head_mean(x.double(), num_heads, layout)
+        assert_close(metric, wanted, reference.head_mean(x, num_heads, layout), name=name)
+
+
+def random_assignment(num_tokens, device):
+    """Three segments, the second empty; some rows without tokens, many tokens with weight 0."""
+    random = torch.Generator().manual_seed(num_tokens)
+    half = num_tokens // 2 + 1
+    layout_in, layout_out = VarlenLayout([half, 0, num_tokens - half], device), VarlenLayout([37, 0, 5], device)
+    assign = torch.cat(
+        [torch.randint(0, 37, (half,), generator=random), torch.randint(37, 42, (num_tokens - half,), generator=random)]
+    )
+    alive = (torch.rand(num_tokens, generator=random) > 0.3).float()
+    weight = alive * (torch.rand(num_tokens, generator=random) + 0.5)
+    return layout_in, layout_out, assign.int().to(device), alive.to(device), weight.to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "reduce"), [("ones", "sum"), ("binary", "mean"), ("weighted", "mean"), ("weighted", "sum")]
+)
+def test_merge_and_gather(device, dtype, kind, reduce):
+    for name, x, _, layout in feature_cases(dtype, device):
+        num_tokens = reference.tokens_of(x, layout).flatten(0, -2).shape[0]
+        layout_in, layout_out, assign, alive, weight = random_assignment(num_tokens, device)
+        weight = {"ones": None, "binary": alive, "weighted": weight}[kind]
+        ones = torch.ones(num_tokens, device=device)
+        size = torch.zeros(42, device=device).index_add(0, assign.long(), ones if weight is None else weight)
+        cu = (layout_in.cu_seqlens, layout_out.cu_seqlens, 42, layout_in.max_seqlen)
+        args = (assign, size, weight, *cu, reduce, kind != "weighted", layout)
+        y = on_triton(merge_op, x, *args)
+        assert_close(y, reference.merge(x.double(), *args), reference.merge(x, *args), name=f"merge {name}")
+        assert bool((y[size == 0] == 0).all())
+        args = (assign, size if reduce == "mean" else None, weight, layout)
+        rows = on_triton(gather_op, y, *args)
+        assert_close(rows, reference.gather(y.double(), *args), reference.gather(y, *args), name=f"gather {name}")
+
+
+@pytest.mark.parametrize(("dtype", "binary"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])
+@pytest.mark.parametrize("values", [(torch.nan,), (-torch.inf,), (torch.inf, -torch.inf), (torch.inf, torch.inf)])
+def test_non_finite_features_stay_in_their_row(device, dtype, binary, values):
+    x = make_input("gaussian", (90, 24), dtype=dtype, device=device, seed=12)
+    layout_in, layout_out, assign, alive, weight = random_assignment(90, device)
+    weight = alive if binary else weight
+    assign[20:22], weight[20:22] = 3, 1.0
+    weight[30] = 0
+    size = torch.zeros(42, device=device).index_add(0, assign.long(), weight)
+    cu = (layout_in.cu_seqlens, layout_out.cu_seqlens, 42, layout_in.max_seqlen)
+    args = (assign, size, weight, *cu, "mean", binary, [])
+    clean = on_triton(merge_op, x, *args)
+    for i, value in enumerate(values):
+        x[20 + i, 7] = value
+    x[30, 8] = torch.nan
+    y = on_triton(merge_op, x, *args)
+    wanted = reference.merge(x.double(), *args)
+    torch.testing.assert_close(y[3, 7].double(), wanted[3, 7], rtol=0, atol=0, equal_nan=True)
+    y[3, 7] = clean[3, 7]
+    assert torch.equal(y, clean)
+    rows = on_triton(gather_op, x, torch.arange(90, device=device, dtype=torch.int32), None, weight, [])
+    assert bool(rows[30].eq(0).all()) and int((~rows.isfinite()).sum()) == len(values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compress_and_its_gradient(device, dtype):
+    layout = TokenLayout(clip_frames=2, grid=(8, 12), shuffle=2, prefix=1)
+    x = make_input("gaussian", (4, 97, 16), dtype=dtype, device=device, seed=13)
+    results = {}
+    for backend in ("triton", "reference"):
+        leaf = x.clone().requires_grad_()
+        with use_backend(backend), record() as ran:
+            y, plan = compress_clips(leaf, 7, 4, layout=layout, return_plan=True)
+            y.float().square().sum().backward()
+            back = unmerge_tokens(y, plan)
+        assert {name for _, name in ran} == {backend} and len(ran) == 5
+        results[backend] = (plan, y.detach(), leaf.grad, back.detach())
+    (plan, y, grad, back), (plan_, y_, grad_, back_) = results["triton"], results["reference"]
+    assert_same_plan(plan, plan_)
+    exact = on_reference(merge_tokens, x.double(), plan_, layout=layout)
+    assert_close(y, exact, y_)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(grad, grad_, **tolerance)
+    torch.testing.assert_close(back, back_, **tolerance)
+    assert bool((grad[:, 0] == 0).all())
+
+
+def test_empty_inputs(device):
+    none = VarlenLayout([], device)
+    empty = torch.zeros(0, 8, device=device)
+    for layout in (none, VarlenLayout([0, 0], device)):
+        plan = on_triton(plan_merge, empty, merge_budget(layout, r=[1]))
+        assert plan.assign.shape == plan.size.shape == (0,)
+        assert on_triton(merge_tokens, empty, plan).shape == (0, 8)
+        assert on_triton(unmerge_tokens, empty, plan).shape == (0, 8)
+    assert on_triton(head_mean_op, torch.zeros(2, 0, 8, device=device), 2, []).shape == (0, 4)
+    one = on_triton(plan_merge, torch.ones(3, 1, 8, device=device), target=1)
+    assert one.assign.tolist() == [0, 1, 2] and one.size.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"zero_policy": "reference"}, "zero_policy"), ({"precision": "eager_bf16"}, "features")],
+)
+def test_what_the_plan_declines(device, options, reason):
+    metric = make_input("gaussian", (1, 8, 4), device=device)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=reason):
+        plan_merge(metric, r=2, **options)
+
+
+def test_what_the_others_decline(device):
+    x = make_input("gaussian", (1, 8, 4), device=device)
+    plan = on_triton(plan_merge, x, r=2)
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match="max"):
+            merge_tokens(x, plan, reduce="max")
+        for call in (lambda: head_mean_op(x.double(), 2, []), lambda: merge_tokens(x.double(), plan)):
+            with pytest.raises(RuntimeError, match="float64"):
+                call()

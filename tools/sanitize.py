@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short list for compute-sanitizer: `python tools/sanitize.py BACKEND` runs every op forward and backward on that
+backend, at aligned and odd sizes, and fails where no op ran on it. Ops that it does not have are named and left out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from lrc_kernels import backend
+from lrc_kernels.tome import TokenLayout, head_mean, merge_tokens, plan_merge, unmerge_tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def calls(dtype: torch.dtype, tokens: int, width: int) -> dict[str, Callable[[], Tensor]]:
+    def features(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=dtype, requires_grad=True)
+
+    layout = TokenLayout(clip_frames=2, grid=(4, 6), shuffle=2, prefix=1)
+    x, vit = features(2, tokens, width), features(4, 25, width)
+    metric, vit_metric = (m.detach() for m in (head_mean(x, 4), head_mean(vit, 4, layout=layout)))
+    y = features(16, width)
+    plan, vit_plan = plan_merge(metric, target=8), plan_merge(vit_metric, target=4)
+    return {
+        "head_mean": lambda: head_mean(x, 4),
+        "head_mean in place": lambda: head_mean(vit, 4, layout=layout),
+        "plan_merge": lambda: plan_merge(metric, target=8).size,
+        "merge_tokens": lambda: merge_tokens(x, plan),
+        "merge_tokens in place": lambda: merge_tokens(vit, vit_plan, layout=layout),
+        "unmerge_tokens": lambda: unmerge_tokens(y, plan),
+    }
+
+
+def forced(name: str, call: Callable[[], Tensor | None], title: str) -> Tensor | None:
+    """The call's result with the backend forced, or None where that backend does not have the op."""
+    try:
+        with backend.use_backend(name):
+            return call()
+    except RuntimeError as error:
+        if "was forced but cannot take this call" not in str(error):
+            raise
+        print(f"{title}: left out: {error}")
+        return None
+
+
+def main(name: str) -> int:
+    ran_on = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens, width in ((64, 128), (37, 52)):
+            for op, call in calls(dtype, tokens, width).items():
+                title = f"{op}, {dtype}, N {tokens}"
+                with backend.record() as ran:
+                    y = forced(name, call, title)
+                    loss = (call() if y is None else y).float().square().sum()
+                    if loss.requires_grad:
+                        forced(name, loss.backward, f"{title}, backward")
+                ran_on += sum(used == name for _, used in ran)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print(f"{ran_on} op calls ran on {name}")
+    return 0 if ran_on else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
