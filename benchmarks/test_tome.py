@@ -168,6 +168,9 @@ def test_op(bench, device, full_size, op, dtype):
     x_bytes, y_bytes = x.numel() * x.element_size(), batch * target * width * x.element_size()
     metric_bytes = 4 * metric.numel()
 
+    leaf = x.detach().requires_grad_()
+    merged = merge_tokens(leaf, plan)
+
     def flat_merge(x: Tensor) -> Tensor:
         total = torch.zeros(batch * target, width, device=device).index_add_(0, rows, x.flatten(0, 1).float())
         return (total / plan.size[:, None]).to(x.dtype).view(batch, target, width)
@@ -176,8 +179,7 @@ def test_op(bench, device, full_size, op, dtype):
         return (y.flatten(0, 1) / plan.size[:, None].to(y.dtype))[rows].view(batch, tokens, width)
 
     def gather(y: Tensor) -> Tensor:
-        x_grad = torch.zeros((), device=device, dtype=y.dtype).expand(batch, tokens, width).requires_grad_()
-        return torch.autograd.grad(merge_tokens(x_grad, plan), x_grad, y)[0]
+        return torch.autograd.grad(merged, leaf, y, retain_graph=True)[0]
 
     mean64 = x.unflatten(-1, (heads, -1)).double().mean(-2)
     cases: dict[str, tuple[Callable, Callable[[int], tuple], Tensor | None, dict[str, Callable], int]] = {
