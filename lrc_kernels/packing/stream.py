@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One video stream of a file, through PyAV: times in, the frames shown at them out, never a wrong one.
+"""One video stream of a file, through PyAV: times in, the frames shown at them out, or None where they are damaged.
 
 The packets of a file say which frames there should be. Against them each decoded frame is checked, since decoders
-conceal damage: they repeat or invent pictures and report nothing.
+conceal damage: they repeat or invent pictures and report nothing. Flipped bits that still decode stay unnoticed, as in
+every player: video codecs carry no checksum of their pictures.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class DecodedVideo:
     Args:
         frames: uint8 RGB [F, 3, H, W], zeros where `valid` is False.
         pts: float64 [F], seconds from the stream's start at which each frame begins to be shown, NaN where invalid.
-        valid: bool [F], False where the file is damaged and the frame shown at that time cannot be decoded.
+        valid: bool [F], False where the demuxer or the decoder noticed damage to the frame shown at that time.
     """
 
     frames: Tensor
