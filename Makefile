@@ -27,7 +27,7 @@ lint:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	.venv/bin/clang-format --dry-run --Werror $(CPP)
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror $(CPP)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .venv/.lrc-* lrc_kernels/_C.*.so
