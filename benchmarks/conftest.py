@@ -16,6 +16,7 @@ import torch
 
 import lrc_kernels
 from lrc_kernels import backend as lrc_backend
+from lrc_kernels import env
 
 GRAPH_BELOW_S = 100e-6
 ROUNDS_CPU, ROUNDS_CUDA = 9, 30
@@ -46,22 +47,13 @@ def machine() -> dict[str, str]:
         triton_version = "none"
     on_gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, 1 thread ({_cpu_name()})",
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, 1 thread ({env.cpu_name()})",
         "torch": torch.__version__,
         "triton": triton_version,
         "cuda": str(torch.version.cuda) if on_gpu else "none",
         "python": platform.python_version(),
         "lrc_kernels": lrc_kernels.__version__,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -200,7 +192,7 @@ def bench(benchmark: Any, device: torch.device, ceiling: dict[str, float]) -> Ca
     check: called with fn's output on input set 0, in poisoned memory, before any timing; it must raise where wrong.
     make_inputs: i -> a tuple, random data, different for each i.
     peers: name -> function of the same inputs; each output passes `check` too, and is timed in turn with fn.
-    backend: the backend that every op of fn must have run on.
+    backend: the backend that every op of fn must have run on (default: any but the reference).
     info: parameters worth a column (shape, dtype, ...).
     """
 
@@ -225,7 +217,11 @@ def bench(benchmark: Any, device: torch.device, ceiling: dict[str, float]) -> Ca
                 check(output)
                 if name == "kernel":
                     backends = sorted({used for _, used in ran})
-        if backend is not None:
+        if backend is None:
+            assert "reference" not in backends, (
+                "an op fell back to the reference: name it with backend= if that is meant"
+            )
+        else:
             assert backends == [backend], f"expected every op on {backend!r}, got {ran_names(backends)}"
         num_sets = num_input_sets(inputs)
         timers = {name: Timer(contestant, make, num_sets) for name, contestant in contestants.items()}

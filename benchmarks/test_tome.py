@@ -140,6 +140,9 @@ def test_compress_vit_layout(bench, device, full_size, dtype):
         return y, plan.size
 
     (x,) = make(0)
+    y, plan = compress_clips(x, target, 32, layout=layout, return_plan=True)
+    same_dtype = torch_merge(shuffled(x), plan, target, torch.float32).to(x.dtype)
+    assert_close(y, torch_merge(shuffled(x), plan, target, torch.float64), same_dtype)
     nbytes = (2 * x.numel() * side**2 // (1 + side**2) + frames // 8 * target * 4 * width) * x.element_size()
     bench(
         ours,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import lrc_kernels
 from examples.measure import CLIP_FRAMES, DTYPES, METHODS, SHUFFLE, TOKENS_PER_CLIP, compare, compress, synchronize
-from lrc_kernels import backend
+from lrc_kernels import backend, env
 from lrc_kernels.packing import TemporalSampling, decode_frames, probe_video
 from lrc_kernels.tome import MergePlan, TokenLayout, native
 from lrc_model.vision import VisionConfig, VisionEncoder
@@ -191,18 +191,12 @@ def read_frames(source: Source, path: Path | None, timestamps: np.ndarray) -> tu
     return decoded.frames, int((~decoded.valid).sum())
 
 
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-
-
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else env.cpu_name(),
         "device_type": device.type,
-        "cpu": _cpu_name(),
+        "cpu": env.cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_kernels": native.cpu_isa(),

@@ -63,7 +63,8 @@ def _driver() -> str:
     return path.read_text().splitlines()[0].removeprefix("NVRM version: ") if path.exists() else "no NVIDIA driver"
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's model name where Linux tells it, else what Python calls the platform."""
     path = Path("/proc/cpuinfo")
     names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
     return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
@@ -86,7 +87,7 @@ def report() -> str:
         f"torch        {torch.__version__} ({built_for})",
         *(f"{package:<12} {_version(package)}" for package in ("triton", "numpy")),
         f"driver       {_driver()}",
-        f"cpu          {_cpu()}, {os.cpu_count()} cores, kernels use {native.cpu_isa()}",
+        f"cpu          {cpu_name()}, {os.cpu_count()} cores, kernels use {native.cpu_isa()}",
     ]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)

@@ -50,6 +50,9 @@ def test_wrong_peer(bench):
 def test_wrong_backend(bench):
     bench(reference, backend="cuda", **SIZES)
 
+def test_silent_reference(bench):
+    bench(reference, **SIZES)
+
 def test_no_op_of_ours(bench):
     bench(eager, backend="reference", **SIZES)
 """
@@ -64,9 +67,10 @@ def test_correctness_comes_first_and_the_report_follows(tmp_path):
     command = [sys.executable, "-m", "pytest", str(file), *options, "--benchmark-only", f"--benchmark-json={result}"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     summary = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
-    assert len(summary) == 5 and "1 passed" in run.stdout, run.stdout
+    assert len(summary) == 6 and "1 passed" in run.stdout, run.stdout
     assert not [line for line in summary if "test_right" in line]
     assert "expected every op on 'cuda', got reference" in run.stdout and "got no op of lrc_kernels" in run.stdout
+    assert "an op fell back to the reference" in run.stdout
     (entry,) = json.loads(result.read_text())["benchmarks"]
     assert entry["extra_info"]["device"].startswith("CPU, 1 thread") and set(entry["extra_info"]["peers"]) == {"eager"}
 
