@@ -19,7 +19,7 @@ import torch
 from lrc_kernels import env
 
 ORDER = env.BACKENDS
-_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+_DEVICES = {**dict.fromkeys(("flash_attn", "aten", "cudnn", "cuda", "triton"), ("cuda",)), "cpu": ("cpu",)}
 
 LIB = torch.library.Library("lrc", "DEF")
 OPS: dict[str, Op] = {}
@@ -41,7 +41,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     A forced backend that cannot take a call raises RuntimeError and says why; it never falls through to another.
 
     Args:
-        name: "cuda", "triton", "cpu", "reference" or None.
+        name: "cuda", "triton", "cpu", "reference", for attention also "flash_attn", "aten", "cudnn", or None.
 
     Raises:
         ValueError: an unknown name.
@@ -179,8 +179,8 @@ class Op:
             return f"{self.name} has no {backend} implementation, only {', '.join(self.implementations)}"
         if backend == "triton" and (reason := triton_unavailable(device)) is not None:
             return reason
-        if backend in ("cuda", "cpu") and device.type not in _DEVICES[backend]:
-            return f"it needs {backend} tensors, got {device.type}"
+        if backend not in ("triton", "reference") and device.type not in _DEVICES[backend]:
+            return f"it needs {_DEVICES[backend][0]} tensors, got {device.type}"
         return implementation.available() or implementation.supports(*args)
 
     def _warn_reference(self, reasons: list[str]) -> None:

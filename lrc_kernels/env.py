@@ -10,14 +10,15 @@ import warnings
 from pathlib import Path
 
 VARIABLES = {
-    "LRC_BACKEND": "force one backend for every op: cuda, triton, cpu or reference (default: the first that can run)",
+    "LRC_BACKEND": "force one backend for every op (attention: also flash_attn, aten, cudnn): cuda, triton, cpu, reference",
     "LRC_CHECK": "1 also checks the values of device tensors, which synchronises (default 0)",
     "LRC_CUDA": "build: 0 leaves the CUDA kernels out, 1 demands them (default: built where nvcc is found)",
     "LRC_CUDA_ARCHS": "build: GPU architectures in CMake's notation (default 80-real;90a-real;90-virtual)",
     "LRC_BUILD_DIR": "build: CMake's build folder (default build/cmake-<python>-<platform>)",
     "LRC_REQUIRE_CHROMIUM": "tests: 1 fails instead of skipping where Chromium is missing (default 0)",
 }
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+# Best first. The first three are other people's attention kernels: the flash-attn packages, and what torch ships.
+BACKENDS = ("flash_attn", "aten", "cudnn", "cuda", "triton", "cpu", "reference")
 
 # The package imports this module before `python -m` runs it a second time; it holds no state, so that is harmless.
 warnings.filterwarnings("ignore", message="'lrc_kernels.env' found in sys.modules", category=RuntimeWarning)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+ON_DEVICE = "on device"
+
 
 class VarlenLayout:
     """The lengths of packed sequences, on the host and as `cu_seqlens` on the device. Immutable.
@@ -50,6 +52,19 @@ class VarlenLayout:
         return layout
 
     @classmethod
+    def on_device(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> VarlenLayout:
+        """A layout whose lengths only the device knows (a random selection): reading `lengths` raises ValueError.
+
+        Args:
+            cu_seqlens: int32 [S + 1], ending at `num_tokens`.
+            max_seqlen: an upper bound on the rows of the longest sequence; launches use it.
+            num_tokens: rows of all sequences together.
+        """
+        layout = cls.__new__(cls)
+        layout._fill(cu_seqlens, max_seqlen, num_tokens, ON_DEVICE)
+        return layout
+
+    @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> VarlenLayout:
         """A layout from int32 or int64 [S + 1] offsets; a device tensor costs one synchronisation.
 
@@ -72,7 +87,9 @@ class VarlenLayout:
             )
         return cls(lengths, device=cu_seqlens.device)
 
-    def _fill(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, lengths: tuple[int, ...] | None) -> None:
+    def _fill(
+        self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, lengths: tuple[int, ...] | str | None
+    ) -> None:
         self.cu_seqlens = cu_seqlens
         self._lengths = lengths
         self._sizes: Tensor | tuple[int, int] = (max_seqlen, num_tokens)
@@ -99,7 +116,9 @@ class VarlenLayout:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Rows of each sequence, on the host."""
+        """Rows of each sequence, on the host; ValueError where only the device knows them."""
+        if isinstance(self._lengths, str):
+            raise ValueError("lengths must be known on the host, got one that the device decided")
         if self._lengths is None:
             return (self.max_seqlen,) * self.num_sequences
         return self._lengths
@@ -107,7 +126,7 @@ class VarlenLayout:
     @property
     def is_uniform(self) -> bool:
         """True where every sequence has `max_seqlen` rows."""
-        return self.max_seqlen * self.num_sequences == self.num_tokens
+        return self._lengths != ON_DEVICE and self.max_seqlen * self.num_sequences == self.num_tokens
 
     def to(self, device: torch.device | str) -> VarlenLayout:
         """The same layout with `cu_seqlens` on `device`."""
@@ -117,12 +136,16 @@ class VarlenLayout:
         return layout
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, VarlenLayout) and self.lengths == other.lengths
+        if self is other or not isinstance(other, VarlenLayout):
+            return self is other
+        return ON_DEVICE not in (self._lengths, other._lengths) and self.lengths == other.lengths
 
     def __hash__(self) -> int:
         return hash((self.num_sequences, self.num_tokens, self.max_seqlen))
 
     def __repr__(self) -> str:
+        if isinstance(self._lengths, str):
+            return f"VarlenLayout(lengths on device, max_seqlen<={self.max_seqlen}, num_tokens={self.num_tokens})"
         shown = list(self.lengths[:8]) + ["..."] * (self.num_sequences > 8)
         return f"VarlenLayout({shown}, num_tokens={self.num_tokens}, device={self.cu_seqlens.device})"
 

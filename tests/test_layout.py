@@ -68,3 +68,15 @@ def test_refuses_lengths(lengths, error, message):
 def test_refuses_cu_seqlens(cu_seqlens, error, message):
     with pytest.raises(error, match=message):
         as_layout(cu_seqlens)
+
+
+def test_lengths_that_only_the_device_knows():
+    layout = VarlenLayout.on_device(torch.tensor([0, 3, 8], dtype=torch.int32), max_seqlen=7, num_tokens=8)
+    with pytest.raises(ValueError, match="lengths must be known on the host"):
+        _ = layout.lengths
+    assert (layout.max_seqlen, layout.num_tokens, layout.num_sequences) == (7, 8, 2)
+    assert not layout.is_uniform and "on device" in repr(layout)
+    assert layout == layout and layout != VarlenLayout([3, 5]) and VarlenLayout([3, 5]) != layout
+    leaves, spec = pytree.tree_flatten(layout)
+    again = pytree.tree_unflatten(leaves, spec)
+    assert again.max_seqlen == 7 and again.num_tokens == 8 and not again.is_uniform
