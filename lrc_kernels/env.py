@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 VARIABLES = {
-    "LRC_BACKEND": "force one backend for every op (attention: also flash_attn, aten, cudnn): cuda, triton, cpu, reference",
+    "LRC_BACKEND": "force one backend for every op: cuda, triton, cpu, reference (attention: flash_attn, aten, cudnn)",
     "LRC_CHECK": "1 also checks the values of device tensors, which synchronises (default 0)",
     "LRC_CUDA": "build: 0 leaves the CUDA kernels out, 1 demands them (default: built where nvcc is found)",
     "LRC_CUDA_ARCHS": "build: GPU architectures in CMake's notation (default 80-real;90a-real;90-virtual)",
