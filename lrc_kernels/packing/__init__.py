@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From video files to batches: which moments to look at, and the frames shown at them."""
+"""From video files to batches: which moments to look at, the frames shown at them, and packs of whole samples."""
 
+from lrc_kernels.packing.batch import PackedBatch, Sample, pack_samples
 from lrc_kernels.packing.sampling import TemporalSampling
 from lrc_kernels.packing.video import DecodedVideo, VideoInfo, decode_frames, probe_video
 
-__all__ = ["DecodedVideo", "TemporalSampling", "VideoInfo", "decode_frames", "probe_video"]
+__all__ = [
+    "DecodedVideo",
+    "PackedBatch",
+    "Sample",
+    "TemporalSampling",
+    "VideoInfo",
+    "decode_frames",
+    "pack_samples",
+    "probe_video",
+]

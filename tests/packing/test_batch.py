@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PackedBatch: what samples become when they lie back to back, and what `validate` and `pack_samples` refuse."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lrc_kernels.packing import Sample, pack_samples
+
+
+def sample(n=7, at=(2, 3), num_frames=2, seed=0, **changed):
+    random = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[list(at)] = True
+    frames = torch.randint(0, 256, (num_frames, 3, 4, 4), generator=random).to(torch.uint8) if num_frames else None
+    labels = torch.full((n,), -100)
+    labels[-3:] = torch.arange(3) + 10
+    fields = {
+        "input_ids": torch.randint(0, 50, (n,), generator=random),
+        "visual": mask,
+        "frames": frames,
+        "labels": labels,
+        "sample_id": seed,
+    }
+    return Sample(**{**fields, **changed})
+
+
+def pack(**changed):
+    samples = [sample(), sample(5, (), 0, 1), sample(6, (0, 1, 5), 4, 2, labels=None)]
+    return dataclasses.replace(pack_samples(samples, clip_frames=2, pack_id=3, step=9), **changed)
+
+
+def test_samples_back_to_back():
+    batch = pack()
+    batch.validate()
+    assert batch.layout.lengths == (7, 5, 6) and batch.num_droppable == (2, 0, 3) and batch.num_targets == 6
+    assert batch.targets.tolist() == [-100] * 3 + [10, 11, 12, -100] + [-100] + [10, 11, 12, -100] + [-100] * 6
+    assert batch.position_ids.tolist() == [*range(7), *range(5), *range(6)]
+    assert batch.visual_index.tolist() == [2, 3, 12, 13, 17] and batch.frames.shape == (6, 3, 4, 4)
+    assert batch.loss_weight.sum().item() == pytest.approx(1) and batch.sample_ids.tolist() == [0, 1, 2]
+    assert (batch.pack_id, batch.step, batch.frame_valid.all().item(), len(batch.frame_pts)) == (3, 9, True, 6)
+
+
+def test_a_pack_without_frames_or_targets():
+    batch = pack_samples([sample(5, (), 0, labels=None)], clip_frames=4, token_weight=0.5)
+    batch.validate()
+    assert batch.frames.shape[0] == 0 and batch.num_targets == 0 and not batch.loss_weight.any()
+
+
+def test_moving_keeps_everything():
+    batch = pack()
+    moved = batch.to("cpu")
+    for field in dataclasses.fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        assert torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after
+    assert batch.to("meta").frames.device.type == "meta" and batch.to("meta").layout.cu_seqlens.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.zeros(3)}, "targets must have shape \\[18\\], got \\[3\\]"),
+        ({"frames": torch.zeros(6, 3, 4, 4)}, "frames must be uint8"),
+        ({"clip_frames": 4}, "frames must be whole clips of 4, got 6 frames"),
+        ({"num_droppable": (2, 1, 2)}, "num_droppable\\[1\\] must be the visual tokens \\(0\\), got 1"),
+        ({"num_droppable": (2, 3)}, "num_droppable must have one entry per sequence \\(3\\), got 2"),
+        ({"visual_index": torch.arange(5)}, "visual_index must list the rows"),
+        ({"num_targets": 5}, "num_targets must be 6, the rows with a target, got 5"),
+        ({"loss_weight": torch.full((18,), 0.1)}, "loss_weight\\[0\\] must be 0 where there is no target"),
+        ({"loss_weight": torch.full((18,), torch.nan)}, "loss_weight\\[0\\] must be 0 where"),
+        (
+            {"targets": torch.zeros(18).long(), "num_targets": 18},
+            "targets\\[6\\] must be -100, the last row of sequence 0",
+        ),
+    ],
+)
+def test_validate(change, message):
+    with pytest.raises(ValueError, match=message):
+        pack(**change).validate()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input_ids": torch.zeros(7)}, "samples\\[0\\].input_ids must be int64 \\[n\\], n > 0, got torch.float32"),
+        ({"input_ids": torch.zeros(0).long()}, "samples\\[0\\].input_ids must be int64"),
+        ({"visual": torch.zeros(6).bool()}, "samples\\[0\\].visual must be bool \\[7\\], got torch.bool \\[6\\]"),
+        ({"labels": torch.zeros(6).long()}, "samples\\[0\\].labels must be int64 \\[7\\]"),
+        ({"frames": torch.zeros(3, 3, 4, 4).byte()}, "samples\\[0\\].frames must be whole clips of 2, got 3 frames"),
+        ({"frames": torch.zeros(2, 3, 4, 4)}, "samples\\[0\\].frames must be uint8"),
+        ({"frames": None}, "samples\\[0\\].visual must be set exactly where there are frames, got 2 tokens, 0 frames"),
+        ({"frame_pts": torch.zeros(3)}, "samples\\[0\\].frame_pts must have shape \\[2\\], got \\[3\\]"),
+    ],
+)
+def test_bad_samples(changed, message):
+    with pytest.raises(ValueError, match=message):
+        pack_samples([sample(**changed)], clip_frames=2)
+    with pytest.raises(ValueError, match="samples must hold at least one sample"):
+        pack_samples([], clip_frames=2)
