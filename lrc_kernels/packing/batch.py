@@ -47,14 +47,14 @@ class PackedBatch:
             that the last row of a sequence never has the first word of the next one as its target. -100 elsewhere.
         position_ids: int64 [T], or [3, T] for M-RoPE.
         loss_weight: fp32 [T], the share of each row in the loss; the shares of all packs of a step sum to 1.
-        droppable: bool [T], visual tokens.
+        droppable: bool [T], visual tokens that token dropout may drop: those that have nothing to predict.
         frames: uint8 [F, 3, H, W].
         frame_pts: fp32 [F] seconds. frame_valid: bool [F].
         visual_index: int64 [V], the rows that visual tokens stand in, in frame order.
         sample_ids: int64 [S].
         layout: the sequences.
         clip_frames: frames of one clip.
-        num_droppable: visual tokens of each sequence, on the host.
+        num_droppable: droppable tokens of each sequence, on the host.
         num_targets: rows with a target, on the host.
         pack_id, step: where the plan puts this pack.
     """
@@ -104,7 +104,6 @@ class PackedBatch:
             "droppable": (total,),
             "frame_pts": (num_frames,),
             "frame_valid": (num_frames,),
-            "visual_index": (sum(self.num_droppable),),
             "sample_ids": (self.layout.num_sequences,),
         }
         for name, shape in shapes.items():
@@ -117,13 +116,19 @@ class PackedBatch:
         if len(self.num_droppable) != self.layout.num_sequences:
             found = len(self.num_droppable)
             raise ValueError(f"num_droppable must have one entry per sequence ({len(self.sample_ids)}), got {found}")
+        self._validate_targets()
         counts = [int(part.sum()) for part in self.droppable.split(self.layout.lengths)]
         for index, (expected, found) in enumerate(zip(self.num_droppable, counts, strict=True)):
             if expected != found:
-                raise ValueError(f"num_droppable[{index}] must be the visual tokens ({found}), got {expected}")
-        if not torch.equal(self.droppable.nonzero().squeeze(1), self.visual_index):
-            raise ValueError("visual_index must list the rows where droppable is True, in order, got other rows")
-        self._validate_targets()
+                raise ValueError(f"num_droppable[{index}] must be the droppable tokens ({found}), got {expected}")
+        wanted = torch.zeros_like(self.droppable)
+        wanted[self.visual_index] = True
+        wanted &= self.targets == IGNORE_INDEX
+        if not torch.equal(self.droppable, wanted):
+            at = int((self.droppable != wanted).nonzero()[0])
+            raise ValueError(
+                f"droppable[{at}] must be {bool(wanted[at])} (True: visual and predicts nothing), got {not wanted[at]}"
+            )
 
     def _validate_targets(self) -> None:
         has_target = self.targets != IGNORE_INDEX
@@ -167,7 +172,8 @@ def pack_samples(
     num_targets = int((targets != IGNORE_INDEX).sum())
     if token_weight is None:
         token_weight = 1 / num_targets if num_targets else 0.0
-    droppable = torch.cat([sample.visual for sample in samples])
+    visual = torch.cat([sample.visual for sample in samples])
+    droppable = visual & (targets == IGNORE_INDEX)
     size = next((sample.frames.shape[1:] for sample in samples if sample.frames is not None), (3, 0, 0))
     frames = [sample.frames for sample in samples if sample.frames is not None]
     layout = VarlenLayout(lengths)
@@ -180,11 +186,11 @@ def pack_samples(
         frames=torch.cat(frames) if frames else torch.empty(0, *size, dtype=torch.uint8),
         frame_pts=torch.cat([_per_frame(sample, sample.frame_pts, 0.0).float() for sample in samples]),
         frame_valid=torch.cat([_per_frame(sample, sample.frame_valid, True).bool() for sample in samples]),
-        visual_index=droppable.nonzero().squeeze(1),
+        visual_index=visual.nonzero().squeeze(1),
         sample_ids=torch.tensor([sample.sample_id for sample in samples]),
         layout=layout,
         clip_frames=clip_frames,
-        num_droppable=tuple(int(sample.visual.sum()) for sample in samples),
+        num_droppable=tuple(int(part.sum()) for part in droppable.split(lengths)),
         num_targets=num_targets,
         pack_id=pack_id,
         step=step,

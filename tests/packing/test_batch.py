@@ -34,7 +34,7 @@ def pack(**changed):
 def test_samples_back_to_back():
     batch = pack()
     batch.validate()
-    assert batch.layout.lengths == (7, 5, 6) and batch.num_droppable == (2, 0, 3) and batch.num_targets == 6
+    assert batch.layout.lengths == (7, 5, 6) and batch.num_droppable == (1, 0, 3) and batch.num_targets == 6
     assert batch.targets.tolist() == [-100] * 3 + [10, 11, 12, -100] + [-100] + [10, 11, 12, -100] + [-100] * 6
     assert batch.position_ids.tolist() == [*range(7), *range(5), *range(6)]
     assert batch.visual_index.tolist() == [2, 3, 12, 13, 17] and batch.frames.shape == (6, 3, 4, 4)
@@ -46,6 +46,12 @@ def test_a_pack_without_frames_or_targets():
     batch = pack_samples([sample(5, (), 0, labels=None)], clip_frames=4, token_weight=0.5)
     batch.validate()
     assert batch.frames.shape[0] == 0 and batch.num_targets == 0 and not batch.loss_weight.any()
+
+
+def test_a_visual_token_with_a_target_is_not_droppable():
+    batch = pack_samples([sample(at=(2, 3))], clip_frames=2)
+    assert batch.visual_index.tolist() == [2, 3] and batch.targets[3] == 10
+    assert batch.droppable.nonzero().flatten().tolist() == [2] and batch.num_droppable == (1,)
 
 
 def test_moving_keeps_everything():
@@ -63,9 +69,12 @@ def test_moving_keeps_everything():
         ({"targets": torch.zeros(3)}, "targets must have shape \\[18\\], got \\[3\\]"),
         ({"frames": torch.zeros(6, 3, 4, 4)}, "frames must be uint8"),
         ({"clip_frames": 4}, "frames must be whole clips of 4, got 6 frames"),
-        ({"num_droppable": (2, 1, 2)}, "num_droppable\\[1\\] must be the visual tokens \\(0\\), got 1"),
-        ({"num_droppable": (2, 3)}, "num_droppable must have one entry per sequence \\(3\\), got 2"),
-        ({"visual_index": torch.arange(5)}, "visual_index must list the rows"),
+        ({"num_droppable": (1, 1, 2)}, "num_droppable\\[1\\] must be the droppable tokens \\(0\\), got 1"),
+        ({"num_droppable": (1, 3)}, "num_droppable must have one entry per sequence \\(3\\), got 2"),
+        (
+            {"visual_index": torch.arange(5)},
+            "droppable\\[0\\] must be True \\(True: visual and predicts nothing\\), got False",
+        ),
         ({"num_targets": 5}, "num_targets must be 6, the rows with a target, got 5"),
         ({"loss_weight": torch.full((18,), 0.1)}, "loss_weight\\[0\\] must be 0 where there is no target"),
         ({"loss_weight": torch.full((18,), torch.nan)}, "loss_weight\\[0\\] must be 0 where"),
