@@ -29,9 +29,9 @@ from torch import Tensor
 
 import lrc_kernels
 from examples.measure import CLIP_FRAMES, DTYPES, METHODS, SHUFFLE, TOKENS_PER_CLIP, compare, compress, synchronize
-from lrc_kernels import backend, env
+from lrc_kernels import backend, env, native
 from lrc_kernels.packing import TemporalSampling, decode_frames, probe_video
-from lrc_kernels.tome import MergePlan, TokenLayout, native
+from lrc_kernels.tome import MergePlan, TokenLayout
 from lrc_model.vision import VisionConfig, VisionEncoder
 
 IMAGE_SIZE, SEED = 448, 0

@@ -76,8 +76,8 @@ def report() -> str:
     import torch
 
     import lrc_kernels
+    from lrc_kernels import native
     from lrc_kernels.backend import describe
-    from lrc_kernels.tome import native
 
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     if not (torch.version.cuda or torch.version.hip):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Rooms without an op: every room may use these.
-COMMON = {"backend", "checks", "env", "layout", "_triton", "_C"}
+COMMON = {"backend", "checks", "env", "layout", "native", "_triton", "_C"}
 ROOMS_A_ROOM_MAY_USE = {"sequence_parallel": {"attention"}}
 FIRST_PARTY = {"lrc_kernels", "lrc_model", "benchmarks", "examples", "tests", "tools"}
 
@@ -104,7 +104,8 @@ def test_a_violation_is_caught(path, source, rule, tmp_path, monkeypatch):
             "import triton.language as tl\nfrom lrc_kernels._triton import CompileCase",
         ),
         ("lrc_kernels/tome/triton_kernels.py", "from lrc_kernels.tome.triton_plan import plan_kernel"),
-        ("lrc_kernels/tome/native.py", "from lrc_kernels import _C"),
+        ("lrc_kernels/native.py", "from lrc_kernels import _C"),
+        ("lrc_kernels/tome/native.py", "from lrc_kernels.native import C, pointer"),
         ("lrc_kernels/tome/op.py", "from lrc_kernels.tome import native, reference\nfrom .plan import MergePlan"),
         ("lrc_kernels/sequence_parallel/ring.py", "from lrc_kernels.attention import merge_partials"),
         ("lrc_kernels/integrations/timm.py", "from lrc_kernels.tome import merge_tokens"),

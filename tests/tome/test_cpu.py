@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lrc_kernels import VarlenLayout
+from lrc_kernels import VarlenLayout, native
 from lrc_kernels.backend import record, use_backend
 from lrc_kernels.testing import assert_close, assert_equal_index, make_input
 from lrc_kernels.tome import (
@@ -18,7 +18,6 @@ from lrc_kernels.tome import (
     head_mean,
     merge_budget,
     merge_tokens,
-    native,
     op,
     plan_merge,
     reference,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lrc_kernels.tome import native
+from lrc_kernels import native
 
 if native.cpu_unavailable() is not None:
     pytest.skip(native.cpu_unavailable(), allow_module_level=True)
