@@ -100,7 +100,9 @@ def accumulate_(
         shift = m_new.masked_fill(m_new == -torch.inf, 0)
         p = torch.exp(logits - shift[..., None])
         decay = torch.exp(m_old - shift)
-        product = torch.einsum("gij,jd->gid", p, v[keys, head].to(dtype)).masked_fill((m_new == -torch.inf)[..., None], 0)
+        product = torch.einsum("gij,jd->gid", p, v[keys, head].to(dtype)).masked_fill(
+            (m_new == -torch.inf)[..., None], 0
+        )
         acc[rows, heads] = (acc[rows, heads].transpose(0, 1) * decay[..., None] + product).transpose(0, 1)
         l[heads, rows] = l[heads, rows] * decay + p.sum(-1)
         m[heads, rows] = m_new
@@ -201,4 +203,4 @@ def merge_partials(out: Tensor, lse: Tensor, out_block: Tensor, lse_block: Tenso
     for weight, partial in ((a, out), (b, out_block)):
         weight_thk = (weight / total.masked_fill(total == 0, 1)).T[..., None]
         merged = merged + torch.where(weight_thk > 0, weight_thk * partial.to(dtype), 0)
-    return torch.where(spoiled.T[..., None], torch.nan, merged), merged_lse
+    return torch.where(spoiled.T[..., None], torch.nan, merged).contiguous(), merged_lse.contiguous()
