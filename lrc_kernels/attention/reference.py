@@ -6,8 +6,8 @@ Sequence s has queries i < Lq, keys j < Lk, query head h and its KV head h // (H
     lse_i  = log sum_j exp(s_ij),   P_ij = exp(s_ij - lse_i),   out_i = sum_j P_ij v_j
     dS_ij  = P_ij (<dout_i, v_j> - <dout_i, out_i> + dlse_i)
     dq_i   = softmax_scale * sum_j dS_ij k_j,   dk_j = softmax_scale * sum_i dS_ij q_i,   dv_j = sum_i P_ij dout_i
-A row that sees no key has out 0, lse -inf and no gradient. The backward takes (out, lse) as they are given, so that with
-those of all keys each block of keys gives its own exact share of dq and its own dk, dv.
+A row that sees no key has out 0, lse -inf and no gradient. The backward takes (out, lse) as they are given, so that
+with those of all keys each block of keys gives its own exact share of dq and its own dk, dv.
 Every argument list is that of the op's schema (`op.py`), shapes: q [Tq, Hq, K], k, v [Tk, Hkv, K], lse [Hq, Tq].
 """
 
@@ -187,8 +187,8 @@ def merge_partials(out: Tensor, lse: Tensor, out_block: Tensor, lse_block: Tenso
     """Attention over two disjoint sets of keys from that over each: out [T, H, K], lse [H, T], in fp32 (fp64 where an
     input is fp64). With m = max(lse, lse_block), a = exp(lse - m), b = exp(lse_block - m):
         out = (a out + b out_block) / (a + b),   lse = m + log(a + b)
-    A row whose lse is -inf or +inf (both mean "no key", by library) has weight 0, whatever its out holds; so has one
-    whose lse is NaN, where the other side is finite. Both sides empty: 0 and -inf; NaN on one with no finite other: NaN.
+    A row whose lse is -inf or +inf (each means "no key" in some library) has weight 0, whatever its out holds; so has
+    one whose lse is NaN beside a finite one. Two rows of weight 0 give 0 and -inf, or NaN where either lse is NaN.
     """
     dtype = accumulation_dtype(out, lse, out_block, lse_block)
     lse, lse_block = lse.to(dtype), lse_block.to(dtype)
@@ -199,7 +199,7 @@ def merge_partials(out: Tensor, lse: Tensor, out_block: Tensor, lse_block: Tenso
     a, b = torch.exp(first - shift), torch.exp(second - shift)
     total = a + b
     merged_lse = torch.where(spoiled, torch.nan, torch.where(total == 0, -torch.inf, shift + torch.log(total)))
-    merged = 0
+    merged = torch.zeros_like(out, dtype=dtype)
     for weight, partial in ((a, out), (b, out_block)):
         weight_thk = (weight / total.masked_fill(total == 0, 1)).T[..., None]
         merged = merged + torch.where(weight_thk > 0, weight_thk * partial.to(dtype), 0)
