@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_kernels.attention import reference
+from lrc_kernels.attention import aten_cpu, reference
 from lrc_kernels.attention.arguments import check_like, check_lse, check_pack
 from lrc_kernels.backend import Op
 from lrc_kernels.layout import VarlenLayout
@@ -74,6 +74,8 @@ for _op, _reference, _name in (
 ):
     _op.implement("reference", _reference)
     _op.implement("triton", _triton(f"launch_{_name}"), supports=_triton(f"supports_{_name}"))
+forward_op.implement("cpu", aten_cpu.forward)
+backward_op.implement("cpu", aten_cpu.backward, supports=aten_cpu.supports_backward)
 
 
 class _Attention(torch.autograd.Function):

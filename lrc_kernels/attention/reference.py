@@ -2,7 +2,7 @@
 """Varlen attention in plain PyTorch: the specification that every backend is checked against.
 
 Sequence s has queries i < Lq, keys j < Lk, query head h and its KV head h // (Hq / Hkv). All in fp32 (fp64 for fp64):
-    s_ij   = softmax_scale * <q_i, k_j> + key_bias_j      over the visible j (`visible_keys`)
+    s_ij   = softmax_scale * <q_i, k_j> + key_bias_j      over the visible j (`visible`)
     lse_i  = log sum_j exp(s_ij),   P_ij = exp(s_ij - lse_i),   out_i = sum_j P_ij v_j
     dS_ij  = P_ij (<dout_i, v_j> - <dout_i, out_i> + dlse_i)
     dq_i   = softmax_scale * sum_j dS_ij k_j,   dk_j = softmax_scale * sum_i dS_ij q_i,   dv_j = sum_i P_ij dout_i
@@ -24,18 +24,9 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def visible_keys(
-    num_queries: int,
-    num_keys: int,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    device: torch.device | None = None,
-) -> Tensor:
-    """bool [num_queries, num_keys]: query i sees key j iff -window_left <= j - (i + num_keys - num_queries) <=
-    window_right, where -1 means no bound and `causal` caps window_right at 0: the diagonal ends at the last key."""
-    diagonal = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
-    distance = torch.arange(num_keys, device=device) - diagonal
+def visible(distance: Tensor, causal: bool, window_left: int, window_right: int) -> Tensor:
+    """Whether query i sees key j at distance = j - (i + Lk - Lq): the diagonal ends at the last key. -window_left <=
+    distance <= window_right, where -1 means no bound and `causal` caps window_right at 0."""
     seen = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         seen &= distance <= 0
@@ -66,8 +57,9 @@ def _logits(
     logits = torch.einsum("igd,jd->gij", q, k) * softmax_scale
     if key_bias is not None:
         logits = logits + key_bias.to(logits.dtype)
-    seen = visible_keys(q.shape[0], k.shape[0], causal, window_left, window_right, q.device)
-    return logits.masked_fill(~seen, -torch.inf)
+    diagonal = torch.arange(q.shape[0], device=q.device)[:, None] + (k.shape[0] - q.shape[0])
+    distance = torch.arange(k.shape[0], device=q.device) - diagonal
+    return logits.masked_fill(~visible(distance, causal, window_left, window_right), -torch.inf)
 
 
 def accumulate_(
