@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_kernels.attention import aten_cpu, reference
+from lrc_kernels.attention import aten, aten_cpu, flash_attn, reference
 from lrc_kernels.attention.arguments import check_like, check_lse, check_pack
 from lrc_kernels.backend import Op
 from lrc_kernels.layout import VarlenLayout
@@ -74,6 +74,15 @@ for _op, _reference, _name in (
 ):
     _op.implement("reference", _reference)
     _op.implement("triton", _triton(f"launch_{_name}"), supports=_triton(f"supports_{_name}"))
+for _backend, _room in (("flash_attn", flash_attn), ("aten", aten)):
+    forward_op.implement(_backend, _room.forward, supports=_room.supports_forward, available=_room.unavailable)
+    backward_op.implement(_backend, _room.backward, supports=_room.supports_backward, available=_room.unavailable)
+forward_op.implement(
+    "cudnn", aten.cudnn_forward, supports=aten.cudnn_supports_forward, available=aten.cudnn_unavailable
+)
+backward_op.implement(
+    "cudnn", aten.cudnn_backward, supports=aten.cudnn_supports_backward, available=aten.cudnn_unavailable
+)
 forward_op.implement("cpu", aten_cpu.forward)
 backward_op.implement("cpu", aten_cpu.backward, supports=aten_cpu.supports_backward)
 
