@@ -184,7 +184,9 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
         "softcap": 0.0,
         "alibi_slopes": None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        **{"dq": dq, "dk": dk, "dv": dv},
+        "dq": dq,
+        "dk": dk,
+        "dv": dv,
     }
     dout, q, k, v, out = vendors.rows_contiguous(dout.to(q.dtype), q, k, v, out.to(q.dtype))
     lse = vendors.lse_for_backward(lse)

@@ -53,10 +53,11 @@ def empty_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def normalised(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """flash-attn 2 writes lse = +inf both for a row without keys (out 0) and for one of NaN; here they are -inf, NaN."""
+    """flash-attn writes one infinite lse (+inf in 2, -inf in 3 and 4) both for a row without keys, whose out is 0, and
+    for a row of NaN; here the first has lse -inf and the second NaN."""
     # A probability of NaN spoils every channel, so one of them tells.
     meaning = torch.where(out[..., 0].T.isnan(), torch.nan, -torch.inf)
-    return out.contiguous(), torch.where(lse == torch.inf, meaning, lse).contiguous()
+    return out.contiguous(), torch.where(lse.isinf(), meaning, lse).contiguous()
 
 
 def lse_for_backward(lse: Tensor) -> Tensor:
