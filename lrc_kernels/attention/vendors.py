@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other people's CUDA attention kernels have in common: what they decline, and how they write an empty row."""
+"""What other people's attention kernels have in common: what they decline, and how they write an empty row."""
 
 from __future__ import annotations
 
