@@ -89,23 +89,27 @@ backward_op.implement("cpu", aten_cpu.backward, supports=aten_cpu.supports_backw
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-                key_bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, lse_has_gradient: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+                cu_seqlens_k: Tensor, key_bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias)
         ctx.options = options
-        # An unused lse then gives no dlse, which most backends cannot take.
+        # An unused lse should give no dlse, which most backends cannot take. Eager autograd then passes None; a
+        # compiled graph passes zeros, unless the output has no gradient at all.
+        ctx.lse_has_gradient = lse_has_gradient
         ctx.set_materialize_grads(False)
+        if not lse_has_gradient:
+            ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias = ctx.saved_tensors
-        dout, dlse = grads
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if grads[0] is None else grads[0]
+        dlse = grads[1] if ctx.lse_has_gradient else None
         pack = (cu_seqlens_q, cu_seqlens_k, key_bias, *ctx.options)
         gradients = _AttentionBackward.apply(dout, q, k, v, out, lse, dlse, *pack)
-        return *gradients, *[None] * (3 + len(ctx.options))
+        return None, *gradients, *[None] * (3 + len(ctx.options))
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -172,7 +176,7 @@ def varlen_attention(
     pack = check_pack(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, key_bias, window
     )
-    out, lse = _Attention.apply(q, k, v, *pack)
+    out, lse = _Attention.apply(return_lse, q, k, v, *pack)
     return (out, lse) if return_lse else out
 
 
