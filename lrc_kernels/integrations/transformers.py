@@ -38,6 +38,8 @@ def register_attention(name: str = "lrc") -> None:
     as `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` (no synchronisation) or as `position_ids`
     [B, L] that start anew (one synchronisation per layer), as flash attention takes them.
 
+    torch.compile works, with graph breaks where the mask's pattern and the packed positions are read.
+
     When it runs it raises ValueError rather than leave something out: dropout > 0, attention weights, soft-capping,
     sinks, a position bias, a paged or static cache, a mask of four dimensions, and mask patterns other than causal,
     bidirectional, sliding window and packed sequences.

@@ -159,6 +159,24 @@ def test_gradients(models, random):
         torch.testing.assert_close(got.grad, wanted.grad, msg=lambda m, name=name: f"{name}: {m}", **TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.no_poison
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_compiled_model(models, random, kind):
+    """With graph breaks: the pattern of the mask and the starts of packed documents are read from Python."""
+    torch._dynamo.reset()
+    _, ours = models()
+    inputs = {"input_ids": tokens(random, 1, 9), "use_cache": False}
+    if kind == "padded":
+        inputs["attention_mask"] = torch.tensor([[0] * 3 + [1] * 6])
+    else:
+        inputs["position_ids"] = torch.cat([torch.arange(5), torch.arange(4)])[None]
+    with torch.no_grad():
+        wanted = ours(**inputs).logits
+        got = torch.compile(ours, backend="aot_eager")(**inputs).logits
+    torch.testing.assert_close(got[:, 3:], wanted[:, 3:], **TOLERANCE)
+
+
 def test_bidirectional_model(models, random):
     """config.is_causal = False turns a decoder into an encoder."""
     theirs, ours = models(is_causal=False)
