@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lrc_kernels.attention.triton_tiles import (
-    LOG2E,
     PRECISION,
     Blocks,
     compute_capability,
@@ -22,22 +21,22 @@ from lrc_kernels.attention.triton_tiles import (
     other_side,
     search_steps,
     unit_stride,
-    visible,
     visited_tiles,
     why_unsupported,
     window_of,
+    within,
 )
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_lse", "stride_dlse_head"])
 def attention_bwd_delta_kernel(
-    dout_ptr, out_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, num_rows, stride_dout_row, stride_dout_head,
+    dout_ptr, out_ptr, lse_ptr, dlse_ptr, safe_lse_ptr, delta_ptr, num_rows, stride_dout_row, stride_dout_head,
     stride_out_row, stride_out_head, stride_lse, stride_dlse_head, stride_dlse_row,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows, Hq). delta [Hq, Tq] = rowsum(dout * out) - dlse and lse2 = lse in units of log2.
+    """Grid (blocks of rows, Hq). delta [Hq, Tq] = rowsum(dout * out) - dlse, and safe_lse.
 
-    A row without keys gets lse2 +inf and delta 0: its P is then 0 wherever it is computed, and so is its dS.
+    A row without keys gets safe_lse +inf and delta 0: its P is then 0 wherever it is computed, and so is its dS.
     """
     i_head = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -53,14 +52,14 @@ def attention_bwd_delta_kernel(
         delta -= tl.load(dlse_ptr + i_head * stride_dlse_head + rows * stride_dlse_row, mask=m_m, other=0.0)
     lse = tl.load(lse_ptr + i_head * stride_lse + rows, mask=m_m, other=0.0)
     empty = tl.abs(lse) == float("inf")
-    tl.store(lse2_ptr + i_head * num_rows + rows, tl.where(empty, float("inf"), lse * LOG2E), mask=m_m)
+    tl.store(safe_lse_ptr + i_head * num_rows + rows, tl.where(empty, float("inf"), lse), mask=m_m)
     tl.store(delta_ptr + i_head * num_rows + rows, tl.where(empty, 0.0, delta), mask=m_m)
 
 
 @triton.jit
 def _add_queries(
-    b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse2_ptr, delta_ptr, begin, end, o_n, diagonal, length, scale2,
-    left, right, stride_q_row, stride_dout_row, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, end, lower, upper, length, scale,
+    stride_q_row, stride_dout_row, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, MASKED: tl.constexpr,
     BIAS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a key tile over query tiles begin..end of one head, as products of transposed P and dS."""
@@ -73,14 +72,14 @@ def _add_queries(
         m_m = first + o_m < length
         b_q = load_tile(q_ptr + first.to(tl.int64) * stride_q_row, offset_q, m_m, o_k < K, MASKED, K != BLOCK_K)
         # Rows behind the sequence's end have P 0 by an infinite lse.
-        lse2 = tl.load(lse2_ptr + first + o_m, mask=m_m, other=float("inf"))
+        lse = tl.load(lse_ptr + first + o_m, mask=m_m, other=float("inf"))
         delta = tl.load(delta_ptr + first + o_m, mask=m_m, other=0.0)
-        scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale2
+        scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
         if BIAS:
             scores += bias[:, None]
-        p = tl.exp2(scores - lse2[None, :])
-        if MASKED:
-            seen = visible(o_n[:, None] - diagonal - (first + o_m)[None, :], left, right, HAS_LEFT, HAS_RIGHT)
+        p = tl.exp(scores - lse[None, :])
+        if MASKED and (HAS_LOWER or HAS_UPPER):
+            seen = within(first + o_m, lower, upper, HAS_LOWER, HAS_UPPER)
             p = tl.where(seen, p, 0.0)
         b_dout = load_tile(
             dout_ptr + first.to(tl.int64) * stride_dout_row, offset_dout, m_m, o_k < K, MASKED, K != BLOCK_K
@@ -88,7 +87,7 @@ def _add_queries(
         b_dv = tl.dot(p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
         dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
-        if MASKED:
+        if MASKED and (HAS_LOWER or HAS_UPPER):
             ds = tl.where(seen, ds, 0.0)
         b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
@@ -99,13 +98,13 @@ _VARYING = ["total", "num_sequences", "num_steps", "num_rows", "left", "right"]
 
 @triton.jit(do_not_specialize=_VARYING)
 def attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
     total, num_rows, num_sequences, num_steps, scale, left, right, stride_q_row, stride_q_head, stride_k_row,
     stride_k_head, stride_v_row, stride_v_head, stride_dout_row, stride_dout_head, num_kv_heads, group,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (slots of key tiles, Hkv). dk, dv [Tk, Hkv, K]; lse2, delta [Hq, num_rows]."""
+    """Grid (slots of key tiles, Hkv). dk, dv [Tk, Hkv, K]; lse, delta [Hq, num_rows] of the delta kernel."""
     i_sequence, start, length_k, i_tile = locate_tile(cu_k_ptr, total, num_sequences, num_steps, BLOCK_N)
     if i_tile * BLOCK_N >= length_k:
         return
@@ -123,11 +122,12 @@ def attention_bwd_dkdv_kernel(
     b_v = tl.load(v_ptr, mask=m_nk, other=0.0)
     bias = tl.zeros([BLOCK_N], tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + rows, mask=m_n, other=0.0) * LOG2E
+        bias = tl.load(bias_ptr + rows, mask=m_n, other=0.0)
     b_dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     diagonal = length_k - length_q
     # Key j is met by the rows from j - diagonal - right to j - diagonal + left.
+    lower, upper = o_n - diagonal - right, o_n - diagonal + left
     begin, full_begin, full_end, end = visited_tiles(
         first, tl.minimum(first + BLOCK_N, length_k) - 1, length_q, -diagonal, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M
     )
@@ -135,22 +135,22 @@ def attention_bwd_dkdv_kernel(
         i_query_head = i_head * group + i_member
         head_q = q_ptr + i_query_head * stride_q_head + start_q.to(tl.int64) * stride_q_row
         head_dout = dout_ptr + i_query_head * stride_dout_head + start_q.to(tl.int64) * stride_dout_row
-        head_lse2 = lse2_ptr + i_query_head * num_rows + start_q
+        head_lse = lse_ptr + i_query_head * num_rows + start_q
         head_delta = delta_ptr + i_query_head * num_rows + start_q
         if HAS_RIGHT:
             b_dk, b_dv = _add_queries(
-                b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse2, head_delta, begin, full_begin, o_n, diagonal,
-                length_q, scale * LOG2E, left, right, stride_q_row, stride_dout_row, HAS_LEFT, HAS_RIGHT, True,
+                b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse, head_delta, begin, full_begin, lower, upper,
+                length_q, scale, stride_q_row, stride_dout_row, HAS_RIGHT, HAS_LEFT, True,
                 bias_ptr is not None, K, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         b_dk, b_dv = _add_queries(
-            b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse2, head_delta, full_begin, full_end, o_n, diagonal,
-            length_q, scale * LOG2E, left, right, stride_q_row, stride_dout_row, HAS_LEFT, HAS_RIGHT, False,
+            b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse, head_delta, full_begin, full_end, lower, upper,
+            length_q, scale, stride_q_row, stride_dout_row, HAS_RIGHT, HAS_LEFT, False,
             bias_ptr is not None, K, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         b_dk, b_dv = _add_queries(
-            b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse2, head_delta, full_end, end, o_n, diagonal,
-            length_q, scale * LOG2E, left, right, stride_q_row, stride_dout_row, HAS_LEFT, HAS_RIGHT, True,
+            b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse, head_delta, full_end, end, lower, upper,
+            length_q, scale, stride_q_row, stride_dout_row, HAS_RIGHT, HAS_LEFT, True,
             bias_ptr is not None, K, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     offset = (rows[:, None] * num_kv_heads + i_head) * K + o_k[None, :]
@@ -160,9 +160,8 @@ def attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _add_keys(
-    b_dq, b_q, b_dout, lse2, delta, k_ptr, v_ptr, bias_ptr, begin, end, o_diagonal, length, scale2, left, right,
-    stride_k_row, stride_v_row, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    b_dq, b_q, b_dout, lse, delta, k_ptr, v_ptr, bias_ptr, begin, end, lower, upper, length, scale,
+    stride_k_row, stride_v_row, HAS_LOWER: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile over key tiles begin..end."""
     o_n = tl.arange(0, BLOCK_N)
@@ -174,28 +173,27 @@ def _add_keys(
         m_n = first + o_n < length
         b_k = load_tile(k_ptr + first.to(tl.int64) * stride_k_row, offset_k, m_n, o_k < K, MASKED, K != BLOCK_K)
         b_v = load_tile(v_ptr + first.to(tl.int64) * stride_v_row, offset_v, m_n, o_k < K, MASKED, K != BLOCK_K)
-        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale2
+        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if bias_ptr is not None:
-            scores += tl.load(bias_ptr + first + o_n, mask=m_n, other=0.0)[None, :] * LOG2E
-        p = tl.exp2(scores - lse2[:, None])
+            scores += tl.load(bias_ptr + first + o_n, mask=m_n, other=0.0)[None, :]
+        p = tl.exp(scores - lse[:, None])
         dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if MASKED:
-            distance = (first + o_n)[None, :] - o_diagonal[:, None]
-            ds = tl.where(visible(distance, left, right, HAS_LEFT, HAS_RIGHT) & m_n[None, :], ds, 0.0)
+            ds = tl.where(within(first + o_n, lower, upper, HAS_LOWER, True), ds, 0.0)
         b_dq = tl.dot(ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
     total, num_sequences, num_steps, scale, left, right, stride_q_row, stride_q_head, stride_k_row, stride_k_head,
     stride_v_row, stride_v_head, stride_dout_row, stride_dout_head, num_heads, group,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (slots of query tiles, Hq). dq [Tq, Hq, K]; lse2, delta [Hq, total]."""
+    """Grid (slots of query tiles, Hq). dq [Tq, Hq, K]; lse, delta [Hq, total] of the delta kernel."""
     i_sequence, start, length_q, i_tile = locate_tile(cu_q_ptr, total, num_sequences, num_steps, BLOCK_M)
     if i_tile * BLOCK_M >= length_q:
         return
@@ -213,12 +211,16 @@ def attention_bwd_dq_kernel(
     dout_ptr += i_head * stride_dout_head + rows[:, None] * stride_dout_row + o_k[None, :]
     b_q = tl.load(q_ptr, mask=m_mk, other=0.0)
     b_dout = tl.load(dout_ptr, mask=m_mk, other=0.0)
-    lse2 = tl.load(lse2_ptr + i_head * total + rows, mask=m_m, other=float("inf"))
+    lse = tl.load(lse_ptr + i_head * total + rows, mask=m_m, other=float("inf"))
     delta = tl.load(delta_ptr + i_head * total + rows, mask=m_m, other=0.0)
     diagonal = length_k - length_q
     begin, full_begin, full_end, end = visited_tiles(
         first, tl.minimum(first + BLOCK_M, length_q) - 1, length_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
+    lower = o_m + diagonal - left
+    upper = tl.full([BLOCK_M], length_k - 1, tl.int32)
+    if HAS_RIGHT:
+        upper = tl.minimum(upper, o_m + diagonal + right)
     k_ptr += start_k.to(tl.int64) * stride_k_row + i_head // group * stride_k_head
     v_ptr += start_k.to(tl.int64) * stride_v_row + i_head // group * stride_v_head
     if bias_ptr is not None:
@@ -226,16 +228,16 @@ def attention_bwd_dq_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     if HAS_LEFT:
         b_dq = _add_keys(
-            b_dq, b_q, b_dout, lse2, delta, k_ptr, v_ptr, bias_ptr, begin, full_begin, o_m + diagonal, length_k,
-            scale * LOG2E, left, right, stride_k_row, stride_v_row, HAS_LEFT, HAS_RIGHT, True, K, BLOCK_N, BLOCK_K,
+            b_dq, b_q, b_dout, lse, delta, k_ptr, v_ptr, bias_ptr, begin, full_begin, lower, upper, length_k,
+            scale, stride_k_row, stride_v_row, HAS_LEFT, True, K, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     b_dq = _add_keys(
-        b_dq, b_q, b_dout, lse2, delta, k_ptr, v_ptr, bias_ptr, full_begin, full_end, o_m + diagonal, length_k,
-        scale * LOG2E, left, right, stride_k_row, stride_v_row, HAS_LEFT, HAS_RIGHT, False, K, BLOCK_N, BLOCK_K,
+        b_dq, b_q, b_dout, lse, delta, k_ptr, v_ptr, bias_ptr, full_begin, full_end, lower, upper, length_k,
+        scale, stride_k_row, stride_v_row, HAS_LEFT, False, K, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     b_dq = _add_keys(
-        b_dq, b_q, b_dout, lse2, delta, k_ptr, v_ptr, bias_ptr, full_end, end, o_m + diagonal, length_k,
-        scale * LOG2E, left, right, stride_k_row, stride_v_row, HAS_LEFT, HAS_RIGHT, True, K, BLOCK_N, BLOCK_K,
+        b_dq, b_q, b_dout, lse, delta, k_ptr, v_ptr, bias_ptr, full_end, end, lower, upper, length_k,
+        scale, stride_k_row, stride_v_row, HAS_LEFT, True, K, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     offset = (rows[:, None] * num_heads + i_head) * K + o_k[None, :]
     tl.store(dq_ptr + offset, (b_dq * scale).to(dq_ptr.dtype.element_ty), mask=m_mk)
@@ -275,23 +277,23 @@ def launch_bwd(
     num_sequences, block_k = cu_seqlens_q.shape[0] - 1, max(16, triton.next_power_of_2(K))
     keys, queries = backward_blocks(K, q.dtype, compute_capability(q))
     *window, has_left, has_right = window_of(causal, window_left, window_right)
-    lse2, delta = (torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device) for _ in range(2))
+    safe_lse, delta = (torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
         if total_q > 0:
             block_m = max(1, 4096 // block_k)
             attention_bwd_delta_kernel[(triton.cdiv(total_q, block_m), num_heads)](
-                dout, out, lse, dlse, lse2, delta, total_q, *dout.stride()[:2], *out.stride()[:2], lse.stride(0),
+                dout, out, lse, dlse, safe_lse, delta, total_q, *dout.stride()[:2], *out.stride()[:2], lse.stride(0),
                 *((0, 0) if dlse is None else dlse.stride()), K, block_m, block_k, num_warps=4,
             )  # fmt: skip
             attention_bwd_dq_kernel[(num_slots(total_q, num_sequences, queries.m), num_heads)](
-                q, k, v, key_bias, dout, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k, total_q, num_sequences,
+                q, k, v, key_bias, dout, safe_lse, delta, dq, cu_seqlens_q, cu_seqlens_k, total_q, num_sequences,
                 search_steps(num_sequences), softmax_scale, *window, *q.stride()[:2], *k.stride()[:2],
                 *v.stride()[:2], *dout.stride()[:2], num_heads, num_heads // num_kv_heads, has_left, has_right, K,
                 queries.m, queries.n, block_k, num_warps=queries.num_warps, num_stages=queries.num_stages,
             )  # fmt: skip
         if total_k > 0:
             attention_bwd_dkdv_kernel[(num_slots(total_k, num_sequences, keys.n), num_kv_heads)](
-                q, k, v, key_bias, dout, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, total_k, total_q,
+                q, k, v, key_bias, dout, safe_lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, total_k, total_q,
                 num_sequences, search_steps(num_sequences), softmax_scale, *window, *q.stride()[:2], *k.stride()[:2],
                 *v.stride()[:2], *dout.stride()[:2], num_kv_heads, num_heads // num_kv_heads, has_left, has_right, K,
                 keys.m, keys.n, block_k, num_warps=keys.num_warps, num_stages=keys.num_stages,

@@ -25,10 +25,10 @@ from lrc_kernels.attention.triton_tiles import (
     other_side,
     search_steps,
     unit_stride,
-    visible,
     visited_tiles,
     why_unsupported,
     window_of,
+    within,
 )
 
 # `op.py` finds every launch in this module.
@@ -37,9 +37,9 @@ __all__ = ["launch_bwd", "supports_bwd"]
 
 @triton.jit
 def _attend(
-    acc, m, l, b_q, k_ptr, v_ptr, bias_ptr, begin, end, o_diagonal, length, scale, left, right,
-    stride_k_row, stride_v_row, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, m, l, b_q, k_ptr, v_ptr, bias_ptr, begin, end, lower, upper, length, scale,
+    stride_k_row, stride_v_row, HAS_LOWER: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over key tiles begin..end, in units of log2; m is the largest logit of a row so far."""
     o_n = tl.arange(0, BLOCK_N)
@@ -56,8 +56,7 @@ def _attend(
         if bias_ptr is not None:
             scores += tl.load(bias_ptr + first + o_n, mask=m_n, other=0.0)[None, :] * LOG2E
         if MASKED:
-            distance = (first + o_n)[None, :] - o_diagonal[:, None]
-            scores = tl.where(visible(distance, left, right, HAS_LEFT, HAS_RIGHT) & m_n[None, :], scores, -float("inf"))
+            scores = tl.where(within(first + o_n, lower, upper, HAS_LOWER, True), scores, -float("inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         # Of a row that has seen no key yet, -inf - -inf must not come up.
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -117,22 +116,26 @@ def attention_fwd_kernel(
     begin, full_begin, full_end, end = visited_tiles(
         first, tl.minimum(first + BLOCK_M, length_q) - 1, length_k, diagonal, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
+    lower = o_m + diagonal - left
+    upper = tl.full([BLOCK_M], length_k - 1, tl.int32)
+    if HAS_RIGHT:
+        upper = tl.minimum(upper, o_m + diagonal + right)
     k_ptr += start_k.to(tl.int64) * stride_k_row + i_head // group * stride_k_head
     v_ptr += start_k.to(tl.int64) * stride_v_row + i_head // group * stride_v_head
     if bias_ptr is not None:
         bias_ptr += start_k
     if HAS_LEFT:
         acc, m, l = _attend(
-            acc, m, l, b_q, k_ptr, v_ptr, bias_ptr, begin, full_begin, o_m + diagonal, length_k, scale, left, right,
-            stride_k_row, stride_v_row, HAS_LEFT, HAS_RIGHT, True, K, BLOCK_N, BLOCK_K,
+            acc, m, l, b_q, k_ptr, v_ptr, bias_ptr, begin, full_begin, lower, upper, length_k, scale,
+            stride_k_row, stride_v_row, HAS_LEFT, True, K, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     acc, m, l = _attend(
-        acc, m, l, b_q, k_ptr, v_ptr, bias_ptr, full_begin, full_end, o_m + diagonal, length_k, scale, left, right,
-        stride_k_row, stride_v_row, HAS_LEFT, HAS_RIGHT, False, K, BLOCK_N, BLOCK_K,
+        acc, m, l, b_q, k_ptr, v_ptr, bias_ptr, full_begin, full_end, lower, upper, length_k, scale,
+        stride_k_row, stride_v_row, HAS_LEFT, False, K, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     acc, m, l = _attend(
-        acc, m, l, b_q, k_ptr, v_ptr, bias_ptr, full_end, end, o_m + diagonal, length_k, scale, left, right,
-        stride_k_row, stride_v_row, HAS_LEFT, HAS_RIGHT, True, K, BLOCK_N, BLOCK_K,
+        acc, m, l, b_q, k_ptr, v_ptr, bias_ptr, full_end, end, lower, upper, length_k, scale,
+        stride_k_row, stride_v_row, HAS_LEFT, True, K, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if l_ptr is None:
         empty = l == 0.0

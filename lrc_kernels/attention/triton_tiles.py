@@ -80,13 +80,14 @@ def load_tile(ptr, offset, m_row, m_column, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def visible(distance, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether a key that lies `distance` behind a query's diagonal is inside the window, for a tile of distances."""
-    inside = distance == distance
-    if HAS_RIGHT:
-        inside = inside & (distance <= right)
-    if HAS_LEFT:
-        inside = inside & (distance >= -left)
+def within(column, lower, upper, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr):
+    """lower[i] <= column[j] <= upper[i]. Bounds per row keep the matrix of distances out of the registers."""
+    if HAS_LOWER and HAS_UPPER:
+        inside = (column[None, :] <= upper[:, None]) & (column[None, :] >= lower[:, None])
+    elif HAS_UPPER:
+        inside = column[None, :] <= upper[:, None]
+    else:
+        inside = column[None, :] >= lower[:, None]
     return inside
 
 
