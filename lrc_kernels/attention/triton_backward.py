@@ -58,37 +58,39 @@ def attention_bwd_delta_kernel(
 
 @triton.jit
 def _add_queries(
-    b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, end, lower, upper, length, scale,
-    stride_q_row, stride_dout_row, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, MASKED: tl.constexpr,
-    BIAS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, end, lower, upper, length, group, scale,
+    stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a key tile over query tiles begin..end of one head, as products of transposed P and dS."""
+    """dk and dv of a key tile over query tiles begin..end of all heads, as products of transposed P and dS."""
     o_m = tl.arange(0, BLOCK_M)
     o_k = tl.arange(0, BLOCK_K)
     offset_q = o_m.to(tl.int64)[:, None] * stride_q_row + o_k[None, :]
     offset_dout = o_m.to(tl.int64)[:, None] * stride_dout_row + o_k[None, :]
-    for i_tile in tl.range(begin, end):
-        first = i_tile * BLOCK_M
+    # One loop over heads and tiles: loads of the next head are in flight while this one is multiplied.
+    for i in tl.range(0, group * (end - begin)):
+        i_member = i // (end - begin)
+        first = (begin + i - i_member * (end - begin)) * BLOCK_M
         m_m = first + o_m < length
-        b_q = load_tile(q_ptr + first.to(tl.int64) * stride_q_row, offset_q, m_m, o_k < K, MASKED, K != BLOCK_K)
+        head = i_member.to(tl.int64)
+        row = first.to(tl.int64)
+        b_q = load_tile(q_ptr + head * stride_q_head + row * stride_q_row, offset_q, m_m, o_k < K, MASKED, K != BLOCK_K)
         # Rows behind the sequence's end have P 0 by an infinite lse.
-        lse = tl.load(lse_ptr + first + o_m, mask=m_m, other=float("inf"))
-        delta = tl.load(delta_ptr + first + o_m, mask=m_m, other=0.0)
+        lse = tl.load(lse_ptr + head * num_rows + row + o_m, mask=m_m, other=float("inf"))
         scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
         if BIAS:
             scores += bias[:, None]
         p = tl.exp(scores - lse[None, :])
         if MASKED and (HAS_LOWER or HAS_UPPER):
-            seen = within(first + o_m, lower, upper, HAS_LOWER, HAS_UPPER)
-            p = tl.where(seen, p, 0.0)
-        b_dout = load_tile(
-            dout_ptr + first.to(tl.int64) * stride_dout_row, offset_dout, m_m, o_k < K, MASKED, K != BLOCK_K
-        )
+            p = tl.where(within(first + o_m, lower, upper, HAS_LOWER, HAS_UPPER), p, 0.0)
+        dout_tile = dout_ptr + head * stride_dout_head + row * stride_dout_row
+        b_dout = load_tile(dout_tile, offset_dout, m_m, o_k < K, MASKED, K != BLOCK_K)
         b_dv = tl.dot(p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-        dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
+        delta = tl.load(delta_ptr + head * num_rows + row + o_m, mask=m_m, other=0.0)
+        ds = p * (tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION) - delta[None, :])
         if MASKED and (HAS_LOWER or HAS_UPPER):
-            ds = tl.where(seen, ds, 0.0)
+            ds = tl.where(within(first + o_m, lower, upper, HAS_LOWER, HAS_UPPER), ds, 0.0)
         b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
@@ -131,28 +133,26 @@ def attention_bwd_dkdv_kernel(
     begin, full_begin, full_end, end = visited_tiles(
         first, tl.minimum(first + BLOCK_N, length_k) - 1, length_q, -diagonal, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M
     )
-    for i_member in range(group):
-        i_query_head = i_head * group + i_member
-        head_q = q_ptr + i_query_head * stride_q_head + start_q.to(tl.int64) * stride_q_row
-        head_dout = dout_ptr + i_query_head * stride_dout_head + start_q.to(tl.int64) * stride_dout_row
-        head_lse = lse_ptr + i_query_head * num_rows + start_q
-        head_delta = delta_ptr + i_query_head * num_rows + start_q
-        if HAS_RIGHT:
-            b_dk, b_dv = _add_queries(
-                b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse, head_delta, begin, full_begin, lower, upper,
-                length_q, scale, stride_q_row, stride_dout_row, HAS_RIGHT, HAS_LEFT, True,
-                bias_ptr is not None, K, BLOCK_M, BLOCK_K,
-            )  # fmt: skip
+    q_ptr += i_head * group * stride_q_head + start_q.to(tl.int64) * stride_q_row
+    dout_ptr += i_head * group * stride_dout_head + start_q.to(tl.int64) * stride_dout_row
+    lse_ptr += i_head * group * num_rows + start_q
+    delta_ptr += i_head * group * num_rows + start_q
+    if HAS_RIGHT:
         b_dk, b_dv = _add_queries(
-            b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse, head_delta, full_begin, full_end, lower, upper,
-            length_q, scale, stride_q_row, stride_dout_row, HAS_RIGHT, HAS_LEFT, False,
+            b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, full_begin, lower, upper, length_q, group,
+            scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT, True,
             bias_ptr is not None, K, BLOCK_M, BLOCK_K,
         )  # fmt: skip
-        b_dk, b_dv = _add_queries(
-            b_dk, b_dv, b_k, b_v, bias, head_q, head_dout, head_lse, head_delta, full_end, end, lower, upper,
-            length_q, scale, stride_q_row, stride_dout_row, HAS_RIGHT, HAS_LEFT, True,
-            bias_ptr is not None, K, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
+    b_dk, b_dv = _add_queries(
+        b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, full_begin, full_end, lower, upper, length_q, group,
+        scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT, False,
+        bias_ptr is not None, K, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+    b_dk, b_dv = _add_queries(
+        b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, full_end, end, lower, upper, length_q, group,
+        scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT, True,
+        bias_ptr is not None, K, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
     offset = (rows[:, None] * num_kv_heads + i_head) * K + o_k[None, :]
     tl.store(dk_ptr + offset, (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=m_nk)
     tl.store(dv_ptr + offset, b_dv.to(dv_ptr.dtype.element_ty), mask=m_nk)
