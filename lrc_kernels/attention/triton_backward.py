@@ -16,6 +16,7 @@ from lrc_kernels.attention.triton_tiles import (
     Blocks,
     compute_capability,
     load_tile,
+    load_vector,
     locate_tile,
     num_slots,
     other_side,
@@ -77,7 +78,7 @@ def _add_queries(
         row = first.to(tl.int64)
         b_q = load_tile(q_ptr + head * stride_q_head + row * stride_q_row, offset_q, m_m, o_k < K, MASKED, K != BLOCK_K)
         # Rows behind the sequence's end have P 0 by an infinite lse.
-        lse = tl.load(lse_ptr + head * num_rows + row + o_m, mask=m_m, other=float("inf"))
+        lse = load_vector(lse_ptr + head * num_rows + row, o_m, m_m, float("inf"), MASKED)
         scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
         if BIAS:
             scores += bias[:, None]
@@ -87,7 +88,7 @@ def _add_queries(
         dout_tile = dout_ptr + head * stride_dout_head + row * stride_dout_row
         b_dout = load_tile(dout_tile, offset_dout, m_m, o_k < K, MASKED, K != BLOCK_K)
         b_dv = tl.dot(p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-        delta = tl.load(delta_ptr + head * num_rows + row + o_m, mask=m_m, other=0.0)
+        delta = load_vector(delta_ptr + head * num_rows + row, o_m, m_m, 0.0, MASKED)
         ds = p * (tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION) - delta[None, :])
         if MASKED and (HAS_LOWER or HAS_UPPER):
             ds = tl.where(within(first + o_m, lower, upper, HAS_LOWER, HAS_UPPER), ds, 0.0)
@@ -175,7 +176,7 @@ def _add_keys(
         b_v = load_tile(v_ptr + first.to(tl.int64) * stride_v_row, offset_v, m_n, o_k < K, MASKED, K != BLOCK_K)
         scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if bias_ptr is not None:
-            scores += tl.load(bias_ptr + first + o_n, mask=m_n, other=0.0)[None, :]
+            scores += load_vector(bias_ptr + first, o_n, m_n, 0.0, MASKED)[None, :]
         p = tl.exp(scores - lse[:, None])
         dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])

@@ -20,6 +20,7 @@ from lrc_kernels.attention.triton_tiles import (
     Blocks,
     compute_capability,
     load_tile,
+    load_vector,
     locate_tile,
     num_slots,
     other_side,
@@ -54,7 +55,7 @@ def _attend(
         b_k = load_tile(tile_k, offset_k, m_n, o_k < K, MASKED, K != BLOCK_K)
         scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if bias_ptr is not None:
-            scores += tl.load(bias_ptr + first + o_n, mask=m_n, other=0.0)[None, :] * LOG2E
+            scores += load_vector(bias_ptr + first, o_n, m_n, 0.0, MASKED)[None, :] * LOG2E
         if MASKED:
             scores = tl.where(within(first + o_n, lower, upper, HAS_LOWER, True), scores, -float("inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))

@@ -80,6 +80,12 @@ def load_tile(ptr, offset, m_row, m_column, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
+def load_vector(ptr, offset, mask, other: tl.constexpr, MASKED: tl.constexpr):
+    """One value per row or per key; `mask` counts where MASKED says so."""
+    return tl.load(ptr + offset, mask=mask, other=other) if MASKED else tl.load(ptr + offset)
+
+
+@triton.jit
 def within(column, lower, upper, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr):
     """lower[i] <= column[j] <= upper[i]. Bounds per row keep the matrix of distances out of the registers."""
     if HAS_LOWER and HAS_UPPER:
