@@ -20,6 +20,7 @@ from lrc_kernels.attention.triton_tiles import (
     locate_tile,
     num_slots,
     other_side,
+    padded_head_dim,
     search_steps,
     unit_stride,
     visited_tiles,
@@ -245,12 +246,15 @@ def attention_bwd_dq_kernel(
 
 
 def backward_blocks(K: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Blocks, Blocks]:
-    """The tiles of the dk, dv kernel and of the dq kernel: what a program owns is the larger side of its tile."""
+    """The tiles of the dk, dv kernel and of the dq kernel, as large as the registers allow without a spill."""
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)
-    if K <= 128:
-        return Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 2)
-    return Blocks(32, 64, 8, 1), Blocks(64, 32, 8, 1)
+        keys = Blocks(16, 32, 8, 1) if K <= 128 else Blocks(16, 16, 8, 1)
+        return keys, Blocks(32, 32, 8, 1) if K <= 64 else Blocks(16, 16, 8, 1)
+    if K > 128:
+        return Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 2)
+    if capability[0] in (9, 10):
+        return Blocks(64, 128, 8, 2) if K <= 64 else Blocks(32, 128, 8, 3), Blocks(128, 64, 8, 2)
+    return Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2) if K <= 64 else Blocks(128, 32, 8, 3)
 
 
 def supports_bwd(
@@ -275,7 +279,7 @@ def launch_bwd(
         return dq, dk, dv
     q, k, v, out, dout = (unit_stride(x) for x in (q, k, v, out, dout.to(q.dtype)))
     lse, key_bias = lse.contiguous(), None if key_bias is None else key_bias.contiguous()
-    num_sequences, block_k = cu_seqlens_q.shape[0] - 1, max(16, triton.next_power_of_2(K))
+    num_sequences, block_k = cu_seqlens_q.shape[0] - 1, padded_head_dim(K)
     keys, queries = backward_blocks(K, q.dtype, compute_capability(q))
     *window, has_left, has_right = window_of(causal, window_left, window_right)
     safe_lse, delta = (torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device) for _ in range(2))

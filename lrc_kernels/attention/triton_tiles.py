@@ -106,6 +106,11 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
+def padded_head_dim(K: int) -> int:
+    """Channels of a tile: a power of two, and no less than a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(K))
+
+
 def num_slots(total: int, num_sequences: int, block: int) -> int:
     """Programs that `locate_tile` needs; it takes `search_steps(num_sequences)` steps to find a slot's sequence."""
     return total // block + num_sequences + 1
