@@ -248,8 +248,7 @@ def attention_bwd_dq_kernel(
 def backward_blocks(K: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Blocks, Blocks]:
     """The tiles of the dk, dv kernel and of the dq kernel, as large as the registers allow without a spill."""
     if dtype == torch.float32:
-        keys = Blocks(16, 32, 8, 1) if K <= 128 else Blocks(16, 16, 8, 1)
-        return keys, Blocks(32, 32, 8, 1) if K <= 64 else Blocks(16, 16, 8, 1)
+        return Blocks(16, 16, 8, 1), Blocks(16, 16, 4, 1)
     if K > 128:
         return Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 2)
     if capability[0] in (9, 10):

@@ -83,7 +83,7 @@ def _cases_of(arch: str) -> list[CompileCase]:
             ("k80-fp16-everything", "fp16", 80, _EVERYTHING),
             ("k128-bf16-everything", "bf16", 128, _EVERYTHING),
             ("k256-bf16-everything", "bf16", 256, _EVERYTHING),
-            ("k128-fp32", "fp32", 128, _CAUSAL),
+            ("k128-fp32-everything", "fp32", 128, _EVERYTHING),
         )
     ]
     return [

@@ -200,7 +200,7 @@ def forward_blocks(K: int, dtype: torch.dtype, capability: tuple[int, int]) -> B
     128 rows a program read each key from L2 once per 128 queries; with 64 rows an H100 would wait for L2.
     """
     if dtype == torch.float32:
-        return Blocks(32, 32, 8, 2) if K <= 64 else Blocks(32, 16, 8, 2)
+        return Blocks(16, 16, 8, 1) if K <= 128 else Blocks(16, 16, 4, 2)
     if capability[0] in (9, 10):
         return Blocks(128, 128, 8, 3) if K <= 64 else Blocks(128, 64, 8, 3) if K <= 128 else Blocks(64, 32, 8, 2)
     return Blocks(128, 64, 8, 3) if K <= 64 else Blocks(128, 32, 8, 3) if K <= 128 else Blocks(32, 32, 8, 2)
