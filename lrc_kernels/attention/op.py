@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_kernels.attention import reference
+from lrc_kernels.attention import aten, aten_cpu, flash_attn, reference
+from lrc_kernels.attention.arguments import check_like, check_lse, check_pack
 from lrc_kernels.backend import Op
+from lrc_kernels.layout import VarlenLayout
 
 _PACK = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? key_bias, SymInt max_seqlen_q, SymInt max_seqlen_k, "
@@ -72,23 +74,159 @@ for _op, _reference, _name in (
 ):
     _op.implement("reference", _reference)
     _op.implement("triton", _triton(f"launch_{_name}"), supports=_triton(f"supports_{_name}"))
+for _backend, _room in (("flash_attn", flash_attn), ("aten", aten)):
+    forward_op.implement(_backend, _room.forward, supports=_room.supports_forward, available=_room.unavailable)
+    backward_op.implement(_backend, _room.backward, supports=_room.supports_backward, available=_room.unavailable)
+forward_op.implement(
+    "cudnn", aten.cudnn_forward, supports=aten.cudnn_supports_forward, available=aten.cudnn_unavailable
+)
+backward_op.implement(
+    "cudnn", aten.cudnn_backward, supports=aten.cudnn_supports_backward, available=aten.cudnn_unavailable
+)
+forward_op.implement("cpu", aten_cpu.forward)
+backward_op.implement("cpu", aten_cpu.backward, supports=aten_cpu.supports_backward)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-                key_bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, lse_has_gradient: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+                cu_seqlens_k: Tensor, key_bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias)
         ctx.options = options
-        # An unused lse then gives no dlse, which most backends cannot take.
+        # An unused lse should give no dlse, which most backends cannot take. Eager autograd then passes None; a
+        # compiled graph passes zeros, unless the output has no gradient at all.
+        ctx.lse_has_gradient = lse_has_gradient
         ctx.set_materialize_grads(False)
+        if not lse_has_gradient:
+            ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias = ctx.saved_tensors
-        dout, dlse = grads
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if grads[0] is None else grads[0]
+        dlse = grads[1] if ctx.lse_has_gradient else None
         pack = (cu_seqlens_q, cu_seqlens_k, key_bias, *ctx.options)
-        return *backward_op(dout, q, k, v, out, lse, dlse, *pack), *[None] * (3 + len(ctx.options))
+        gradients = _AttentionBackward.apply(dout, q, k, v, out, lse, dlse, *pack)
+        return None, *gradients, *[None] * (3 + len(ctx.options))
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """The backward op, which has no gradient of its own: to ask for one raises instead of leaving it out."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return backward_op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("attention has no second-order gradient: got a backward pass through its backward")
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: VarlenLayout | Tensor,
+    cu_seqlens_k: VarlenLayout | Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    key_bias: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of packed sequences: query i of a sequence sees the keys of the same sequence. Autograd, once.
+
+    With d = i + Lk - Lq the last key that query i sees under `causal` (the diagonal ends at the last key), it sees the
+    keys d - left <= j <= d + right of the window. A row that sees no key has out 0 and lse -inf. A NaN stays within its
+    sequence. Under autocast q, k, v are cast to its dtype.
+
+    Args:
+        q: [Tq, Hq, K], fp32, bf16, fp16 (fp64 on CPU).
+        k, v: [Tk, Hkv, K], like q; Hkv divides Hq, query head h reads KV head h // (Hq / Hkv).
+        cu_seqlens_q: where the sequences of q begin: a VarlenLayout, or int32 [S + 1] on q's device. It must cover
+            exactly the rows of q.
+        cu_seqlens_k: the same for k; None = that of q.
+        max_seqlen_q, max_seqlen_k: at least the rows of the longest sequence. A VarlenLayout knows them; to read them
+            from a tensor costs one synchronisation.
+        causal: bottom-right aligned per sequence.
+        softmax_scale: None = K ** -0.5.
+        key_bias: fp32 [Tk] (fp64 for fp64 q), added to the scaled logits of a key, no gradient; -inf hides the key.
+        window: (left, right), -1 = no bound; causal caps right at 0.
+        return_lse: also return lse, natural logarithm. A gradient may flow into it.
+
+    Returns:
+        out [Tq, Hq, K] in q's dtype; with `return_lse` also lse [Hq, Tq] in fp32 (fp64 for fp64 q).
+
+    Raises:
+        TypeError: a dtype that is not supported, or that differs among q, k, v.
+        ValueError: shapes or devices that do not fit, offsets that do not cover the rows, another number of sequences
+            in q and k, a key_bias that requires a gradient. RuntimeError: a gradient of a gradient.
+
+    Source: Dao et al. 2022 (FlashAttention), section 3.1 and appendix B.
+    """
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        # Above autograd, so that the gradients come back in the dtypes of q, k and v.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    pack = check_pack(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, key_bias, window
+    )
+    out, lse = _Attention.apply(return_lse, q, k, v, *pack)
+    return (out, lse) if return_lse else out
+
+
+def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `varlen_attention`, whose keyword arguments it takes: one block of keys of a ring, forward."""
+    return varlen_attention(q, k, v, **options, return_lse=True)  # type: ignore[return-value]
+
+
+def varlen_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens_q: VarlenLayout | Tensor,
+    cu_seqlens_k: VarlenLayout | Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    key_bias: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of one block of keys, from the GLOBAL out and lse: one block of a ring, backward. No autograd.
+
+    Given the out and lse over all keys, the dq of disjoint blocks of keys sum to the dq of all, and each block's dk, dv
+    are final.
+
+    Args:
+        dout, out: [Tq, Hq, K], in q's dtype or in fp32 (as `merge_partials` returns it).
+        lse: [Hq, Tq] fp32 (fp64 for fp64 q).
+        dlse: the gradient that flows into lse, like lse; None = none.
+        q, k, v and the others: as `varlen_attention`, of this block of keys.
+
+    Returns:
+        dq, dk, dv like q, k, v.
+
+    Raises:
+        TypeError, ValueError: as `varlen_attention`.
+    """
+    pack = check_pack(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, key_bias, window
+    )
+    dtypes = (q.dtype, reference.accumulation_dtype(q))
+    check_like("dout", dout, q.shape, dtypes, q)
+    check_like("out", out, q.shape, dtypes, q)
+    check_lse("lse", lse, q)
+    if dlse is not None:
+        check_lse("dlse", dlse, q)
+    return _AttentionBackward.apply(dout, q, k, v, out, lse, dlse, *pack)

@@ -2,12 +2,12 @@
 """Varlen attention in plain PyTorch: the specification that every backend is checked against.
 
 Sequence s has queries i < Lq, keys j < Lk, query head h and its KV head h // (Hq / Hkv). All in fp32 (fp64 for fp64):
-    s_ij   = softmax_scale * <q_i, k_j> + key_bias_j      over the visible j (`visible_keys`)
+    s_ij   = softmax_scale * <q_i, k_j> + key_bias_j      over the visible j (`visible`)
     lse_i  = log sum_j exp(s_ij),   P_ij = exp(s_ij - lse_i),   out_i = sum_j P_ij v_j
     dS_ij  = P_ij (<dout_i, v_j> - <dout_i, out_i> + dlse_i)
     dq_i   = softmax_scale * sum_j dS_ij k_j,   dk_j = softmax_scale * sum_i dS_ij q_i,   dv_j = sum_i P_ij dout_i
-A row that sees no key has out 0, lse -inf and no gradient. The backward takes (out, lse) as they are given, so that with
-those of all keys each block of keys gives its own exact share of dq and its own dk, dv.
+A row that sees no key has out 0, lse -inf and no gradient. The backward takes (out, lse) as they are given, so that
+with those of all keys each block of keys gives its own exact share of dq and its own dk, dv.
 Every argument list is that of the op's schema (`op.py`), shapes: q [Tq, Hq, K], k, v [Tk, Hkv, K], lse [Hq, Tq].
 """
 
@@ -24,18 +24,9 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def visible_keys(
-    num_queries: int,
-    num_keys: int,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    device: torch.device | None = None,
-) -> Tensor:
-    """bool [num_queries, num_keys]: query i sees key j iff -window_left <= j - (i + num_keys - num_queries) <=
-    window_right, where -1 means no bound and `causal` caps window_right at 0: the diagonal ends at the last key."""
-    diagonal = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
-    distance = torch.arange(num_keys, device=device) - diagonal
+def visible(distance: Tensor, causal: bool, window_left: int, window_right: int) -> Tensor:
+    """Whether query i sees key j at distance = j - (i + Lk - Lq): the diagonal ends at the last key. -window_left <=
+    distance <= window_right, where -1 means no bound and `causal` caps window_right at 0."""
     seen = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         seen &= distance <= 0
@@ -66,8 +57,9 @@ def _logits(
     logits = torch.einsum("igd,jd->gij", q, k) * softmax_scale
     if key_bias is not None:
         logits = logits + key_bias.to(logits.dtype)
-    seen = visible_keys(q.shape[0], k.shape[0], causal, window_left, window_right, q.device)
-    return logits.masked_fill(~seen, -torch.inf)
+    diagonal = torch.arange(q.shape[0], device=q.device)[:, None] + (k.shape[0] - q.shape[0])
+    distance = torch.arange(k.shape[0], device=q.device) - diagonal
+    return logits.masked_fill(~visible(distance, causal, window_left, window_right), -torch.inf)
 
 
 def accumulate_(
@@ -187,8 +179,8 @@ def merge_partials(out: Tensor, lse: Tensor, out_block: Tensor, lse_block: Tenso
     """Attention over two disjoint sets of keys from that over each: out [T, H, K], lse [H, T], in fp32 (fp64 where an
     input is fp64). With m = max(lse, lse_block), a = exp(lse - m), b = exp(lse_block - m):
         out = (a out + b out_block) / (a + b),   lse = m + log(a + b)
-    A row whose lse is -inf or +inf (both mean "no key", by library) has weight 0, whatever its out holds; so has one
-    whose lse is NaN, where the other side is finite. Both sides empty: 0 and -inf; NaN on one with no finite other: NaN.
+    A row whose lse is -inf or +inf (each means "no key" in some library) has weight 0, whatever its out holds; so has
+    one whose lse is NaN beside a finite one. Two rows of weight 0 give 0 and -inf, or NaN where either lse is NaN.
     """
     dtype = accumulation_dtype(out, lse, out_block, lse_block)
     lse, lse_block = lse.to(dtype), lse_block.to(dtype)
@@ -199,7 +191,7 @@ def merge_partials(out: Tensor, lse: Tensor, out_block: Tensor, lse_block: Tenso
     a, b = torch.exp(first - shift), torch.exp(second - shift)
     total = a + b
     merged_lse = torch.where(spoiled, torch.nan, torch.where(total == 0, -torch.inf, shift + torch.log(total)))
-    merged = 0
+    merged = torch.zeros_like(out, dtype=dtype)
     for weight, partial in ((a, out), (b, out_block)):
         weight_thk = (weight / total.masked_fill(total == 0, 1)).T[..., None]
         merged = merged + torch.where(weight_thk > 0, weight_thk * partial.to(dtype), 0)
