@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backward kernels of varlen attention: dout, q, k, v and the final out and lse of all keys -> dq, dk, dv of this block
-of keys. P is computed again from lse. A key tile's owner walks the queries of its whole group of heads, so dk and dv are
-sums in one fixed order, without atomics.
+"""Backward kernels of varlen attention: dout, q, k, v and the final out and lse of all keys -> dq, dk, dv of this
+block of keys. P is computed again from lse. A key tile's owner walks the queries of its whole group of heads, so dk and
+dv are sums in one fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -141,13 +141,13 @@ def attention_bwd_dkdv_kernel(
     delta_ptr += i_head * group * num_rows + start_q
     if HAS_RIGHT:
         b_dk, b_dv = _add_queries(
-            b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, full_begin, lower, upper, length_q, group,
-            scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT, True,
-            bias_ptr is not None, K, BLOCK_M, BLOCK_K,
+            b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, full_begin, lower, upper, length_q,
+            group, scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT,
+            True, bias_ptr is not None, K, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     b_dk, b_dv = _add_queries(
-        b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, full_begin, full_end, lower, upper, length_q, group,
-        scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT, False,
+        b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, full_begin, full_end, lower, upper, length_q,
+        group, scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT, False,
         bias_ptr is not None, K, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     b_dk, b_dv = _add_queries(
@@ -163,7 +163,8 @@ def attention_bwd_dkdv_kernel(
 @triton.jit
 def _add_keys(
     b_dq, b_q, b_dout, lse, delta, k_ptr, v_ptr, bias_ptr, begin, end, lower, upper, length, scale,
-    stride_k_row, stride_v_row, HAS_LOWER: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_k_row, stride_v_row, HAS_LOWER: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile over key tiles begin..end."""
     o_n = tl.arange(0, BLOCK_N)

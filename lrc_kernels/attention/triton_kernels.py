@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward kernels of varlen attention: packed q, k, v -> out and lse, or -> an un-normalised fp32 state (acc, m, l) that
-the next block of keys continues; and the merge of two normalised partial results. `triton_backward.py` has the gradients.
+"""Forward kernels of varlen attention: packed q, k, v -> out and lse, or -> an un-normalised fp32 state (acc, m, l)
+that the next block of keys continues; and the merge of two normalised partial results. Gradients: `triton_backward.py`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def attention_fwd_kernel(
 ):  # fmt: skip
     """Grid (slots of query tiles, Hq). A program owns the rows of one tile of one sequence and one query head.
 
-    Without l_ptr: out [Tq, Hq, K] and lse [Hq, Tq]. With l_ptr the state is read and written back: out is acc, lse is m.
+    Without l_ptr: out [Tq, Hq, K] and lse [Hq, Tq]. With l_ptr the state is read and written back, acc as out, m as lse.
     `scale` turns products into logits in units of log2 and is not negative.
     """
     i_sequence, start, length_q, i_tile = locate_tile(cu_q_ptr, total_q, num_sequences, num_steps, BLOCK_M)
@@ -102,9 +102,7 @@ def attention_fwd_kernel(
     m_m = o_m < length_q
     m_mk = m_m[:, None] & (o_k < K)[None, :]
     rows = (start + o_m).to(tl.int64)
-    b_q = tl.load(
-        q_ptr + i_head * stride_q_head + rows[:, None] * stride_q_row + o_k[None, :], mask=m_mk, other=0.0
-    )
+    b_q = tl.load(q_ptr + i_head * stride_q_head + rows[:, None] * stride_q_row + o_k[None, :], mask=m_mk, other=0.0)
     if l_ptr is None:
         acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         m = tl.full([BLOCK_M], -float("inf"), tl.float32)
