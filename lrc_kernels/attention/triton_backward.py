@@ -147,8 +147,8 @@ def attention_bwd_dkdv_kernel(
         )  # fmt: skip
     b_dk, b_dv = _add_queries(
         b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, full_begin, full_end, lower, upper, length_q,
-        group, scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT, False,
-        bias_ptr is not None, K, BLOCK_M, BLOCK_K,
+        group, scale, stride_q_row, stride_q_head, stride_dout_row, stride_dout_head, num_rows, HAS_RIGHT, HAS_LEFT,
+        False, bias_ptr is not None, K, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     b_dk, b_dv = _add_queries(
         b_dk, b_dv, b_k, b_v, bias, q_ptr, dout_ptr, lse_ptr, delta_ptr, full_end, end, lower, upper, length_q, group,

@@ -85,7 +85,7 @@ def attention_fwd_kernel(
 ):  # fmt: skip
     """Grid (slots of query tiles, Hq). A program owns the rows of one tile of one sequence and one query head.
 
-    Without l_ptr: out [Tq, Hq, K] and lse [Hq, Tq]. With l_ptr the state is read and written back, acc as out, m as lse.
+    Without l_ptr: out [Tq, Hq, K], lse [Hq, Tq]. With l_ptr the state is read and written back: acc as out, m as lse.
     `scale` turns products into logits in units of log2 and is not negative.
     """
     i_sequence, start, length_q, i_tile = locate_tile(cu_q_ptr, total_q, num_sequences, num_steps, BLOCK_M)

@@ -3,36 +3,26 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_BUILD_HINT = "build it with `pip install -e . --no-build-isolation` in a checkout"
+from lrc_kernels.native import (
+    DTYPES,
+    cpu_unavailable,
+    cuda_device_status,
+    cuda_unavailable,
+    declines_dtype,
+    module,
+    pointer,
+)
 
-
-def _load() -> tuple[Any, str | None]:
-    """(the native module, None), or (None, why it is missing): a source tree without a build stays importable."""
-    try:
-        return importlib.import_module("lrc_kernels._C"), None
-    except ImportError as error:
-        return None, f"lrc_kernels._C cannot be imported ({error}); {_BUILD_HINT}"
-
-
-_C, _missing = _load()
-
-
-def cpu_unavailable() -> str | None:
-    """Why the CPU kernels cannot run in this process, or None when they can."""
-    return _missing
+# `op.py` finds beside each bridge why it may be unavailable.
+__all__ = ["cpu_unavailable", "cuda_unavailable"]
 
 
 def cpu_isa() -> str:
     """The instruction set that the CPU kernels run with: "avx512", "avx2", "baseline", or "none" without a build."""
-    return "none" if _C is None else _C.cpu_isa()
+    return "none" if module is None else module.cpu_isa()
 
 
 def _unit_channel_stride(x: Tensor) -> Tensor:
@@ -51,18 +41,8 @@ def _token_rows(x: Tensor, layout: list[int]) -> tuple[int, tuple[int, ...]]:
     return x.shape[0] * x.shape[1], (width, 1, x.shape[1], x.shape[1], 0, x.stride(0), x.stride(1))
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _declines_dtype(name: str, value: Tensor) -> str | None:
-    if value.dtype in _DTYPES:
-        return None
-    return f"{name} must be fp32, bf16 or fp16, got {str(value.dtype).removeprefix('torch.')}"
-
-
 def cpu_supports_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> str | None:
-    return _declines_dtype("x", x)
+    return declines_dtype("x", x)
 
 
 def cpu_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
@@ -70,7 +50,7 @@ def cpu_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
     num_tokens, rows = _token_rows(x, layout)
     metric = torch.empty(num_tokens, rows[0] * rows[1] ** 2 // num_heads, dtype=torch.float32)
     threads = torch.get_num_threads()
-    _C.tome_head_mean(x.data_ptr(), _DTYPES[x.dtype], rows, num_tokens, num_heads, metric.data_ptr(), threads)
+    module.tome_head_mean(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, num_heads, metric.data_ptr(), threads)
     return metric
 
 
@@ -126,9 +106,9 @@ def cpu_plan(
     assign, weight = torch.zeros(total, dtype=torch.int32), torch.zeros(total)
     size_out, anchor = torch.zeros(num_out), torch.zeros(num_out, dtype=torch.int32)
     valid = torch.zeros(num_out, dtype=torch.bool)
-    _C.tome_plan(
+    module.tome_plan(
         *(metric.data_ptr(), total, metric.shape[1], cu_in.data_ptr(), cu_out.data_ptr(), cu_in.numel() - 1),
-        *(r.data_ptr(), r.shape[0], _pointer(size), _pointer(protected), _pointer(destination), num_out),
+        *(r.data_ptr(), r.shape[0], pointer(size), pointer(protected), pointer(destination), num_out),
         *(threshold, order == "position"),
         *(assign.data_ptr(), size_out.data_ptr(), weight.data_ptr(), anchor.data_ptr(), valid.data_ptr()),
         torch.get_num_threads(),
@@ -151,7 +131,7 @@ def cpu_supports_merge(
 ) -> str | None:
     if reduce == "max":
         return 'reduce must be "mean" or "sum", got \'max\''
-    return _declines_dtype("x", x)
+    return declines_dtype("x", x)
 
 
 def cpu_merge(
@@ -172,9 +152,9 @@ def cpu_merge(
     assign, size = assign.contiguous(), size.float().contiguous()
     weight = None if weight is None else weight.float().contiguous()
     y = torch.empty(num_out, rows[0] * rows[1] ** 2, dtype=x.dtype)
-    _C.tome_merge(
-        *(x.data_ptr(), _DTYPES[x.dtype], rows, num_tokens, assign.data_ptr()),
-        *(size.data_ptr() if reduce == "mean" else 0, _pointer(weight), num_out, y.data_ptr()),
+    module.tome_merge(
+        *(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, assign.data_ptr()),
+        *(size.data_ptr() if reduce == "mean" else 0, pointer(weight), num_out, y.data_ptr()),
         torch.get_num_threads(),
     )
     return y
@@ -198,37 +178,22 @@ def _gather_output(y: Tensor, assign: Tensor, layout: list[int]) -> Tensor:
 def cpu_supports_gather(
     y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]
 ) -> str | None:
-    return _declines_dtype("y", y)
+    return declines_dtype("y", y)
 
 
 def cpu_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
     y, assign, size, weight = _gather_inputs(y, assign, size, weight)
     x = _gather_output(y, assign, layout)
     num_tokens, rows = _token_rows(x, layout)
-    _C.tome_gather(
-        *(y.data_ptr(), _DTYPES[y.dtype], y.shape[0], assign.data_ptr(), _pointer(size), _pointer(weight)),
+    module.tome_gather(
+        *(y.data_ptr(), DTYPES[y.dtype], y.shape[0], assign.data_ptr(), pointer(size), pointer(weight)),
         *(rows, num_tokens, x.data_ptr(), torch.get_num_threads()),
     )
     return x
 
 
-@functools.cache
-def _cuda_device_status(device: int) -> str | None:
-    with torch.cuda.device(device):
-        return _C.cuda_device_status()
-
-
-def cuda_unavailable() -> str | None:
-    """Why the CUDA kernels cannot run in this process, or None when they can on some device."""
-    if _missing is not None:
-        return _missing
-    if not _C.has_cuda:
-        return "lrc_kernels was built without CUDA (no nvcc was found, or LRC_CUDA=0)"
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
-
 def cuda_supports_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> str | None:
-    return _declines_dtype("x", x) or _cuda_device_status(x.device.index)
+    return declines_dtype("x", x) or cuda_device_status(x.device.index)
 
 
 def cuda_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
@@ -237,14 +202,16 @@ def cuda_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
     metric = torch.empty(num_tokens, rows[0] * rows[1] ** 2 // num_heads, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _C.cuda_tome_head_mean(x.data_ptr(), _DTYPES[x.dtype], rows, num_tokens, num_heads, metric.data_ptr(), stream)
+        module.cuda_tome_head_mean(
+            x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, num_heads, metric.data_ptr(), stream
+        )
     return metric
 
 
 def cuda_supports_gather(
     y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]
 ) -> str | None:
-    return _declines_dtype("y", y) or _cuda_device_status(y.device.index)
+    return declines_dtype("y", y) or cuda_device_status(y.device.index)
 
 
 def cuda_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
@@ -252,8 +219,8 @@ def cuda_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor |
     x = _gather_output(y, assign, layout)
     num_tokens, rows = _token_rows(x, layout)
     with torch.cuda.device(y.device):
-        _C.cuda_tome_gather(
-            *(y.data_ptr(), _DTYPES[y.dtype], assign.data_ptr(), _pointer(size), _pointer(weight)),
+        module.cuda_tome_gather(
+            *(y.data_ptr(), DTYPES[y.dtype], assign.data_ptr(), pointer(size), pointer(weight)),
             *(rows, num_tokens, x.data_ptr(), torch.cuda.current_stream().cuda_stream),
         )
     return x
