@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/tome.h"
 #ifdef LRC_WITH_CUDA
+#include "lrc/attention.h"
 #include "lrc/device.h"
 #include "lrc/tome.h"
 #endif
@@ -89,6 +90,18 @@ void cuda_tome_gather(uintptr_t y, int dtype, uintptr_t assign, uintptr_t size, 
                    pointer<float>(weight), token_rows(rows), num_tokens, pointer<void>(x),
                    reinterpret_cast<cudaStream_t>(stream));
 }
+
+/// The fields of lrc::PartialAttention in their order.
+lrc::PartialAttention partial_attention(const std::array<int64_t, 7>& v) {
+  return {pointer<void>(v[0]), static_cast<lrc::DType>(v[1]), v[2], v[3], pointer<float>(v[4]), v[5], v[6]};
+}
+
+void cuda_attention_merge_partials(const std::array<int64_t, 7>& first, const std::array<int64_t, 7>& second,
+                                   int64_t num_rows, int64_t num_heads, int64_t num_channels, uintptr_t merged,
+                                   uintptr_t merged_lse, uintptr_t stream) {
+  lrc::merge_partials(partial_attention(first), partial_attention(second), num_rows, num_heads, num_channels,
+                      pointer<float>(merged), pointer<float>(merged_lse), reinterpret_cast<cudaStream_t>(stream));
+}
 #endif
 
 }  // namespace
@@ -132,6 +145,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_tokens"), py::arg("num_heads"), py::arg("metric"), py::arg("stream"));
   m.def("cuda_tome_gather", &cuda_tome_gather, NoGil(), py::arg("y"), py::arg("dtype"), py::arg("assign"),
         py::arg("size"), py::arg("weight"), py::arg("rows"), py::arg("num_tokens"), py::arg("x"), py::arg("stream"));
+  m.def("cuda_attention_merge_partials", &cuda_attention_merge_partials, NoGil(), py::arg("first"), py::arg("second"),
+        py::arg("num_rows"), py::arg("num_heads"), py::arg("num_channels"), py::arg("merged"), py::arg("merged_lse"),
+        py::arg("stream"));
 #else
   m.attr("has_cuda") = false;
 #endif

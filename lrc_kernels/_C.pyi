@@ -72,3 +72,13 @@ def cuda_tome_gather(
     x: int,
     stream: int,
 ) -> None: ...
+def cuda_attention_merge_partials(
+    first: tuple[int, ...],
+    second: tuple[int, ...],
+    num_rows: int,
+    num_heads: int,
+    num_channels: int,
+    merged: int,
+    merged_lse: int,
+    stream: int,
+) -> None: ...

@@ -33,6 +33,7 @@ class CompileCase:
         constexprs: value of each constexpr argument.
         num_warps, num_stages: as launched.
         tensor_cores: True where `wgmma` or `mma.sync` must appear in the PTX.
+        archs: where this configuration ships, if the tile depends on the device.
     """
 
     name: str
@@ -42,6 +43,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 2
     tensor_cores: bool = False
+    archs: tuple[str, ...] = ("sm_80", "sm_90")
 
 
 def signature_type(value: torch.dtype | torch.Tensor) -> str:

@@ -153,7 +153,7 @@ def check_triton(modules: dict[str, ModuleType], archs: list[str], cache: Path) 
     ]
     for name, module in modules.items():
         for index, case in enumerate(module.COMPILE_CASES):
-            for arch in archs:
+            for arch in [arch for arch in archs if arch in case.archs]:
                 description = (case.name, case.signature, case.constexprs, case.num_warps, case.num_stages)
                 key = cache / f"{digest(sources, arch, repr(description), str(case.tensor_cores))}.json"
                 if key.exists():

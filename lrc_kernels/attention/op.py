@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_kernels.attention import aten, aten_cpu, flash_attn, reference
+from lrc_kernels.attention import aten, aten_cpu, flash_attn, native, reference
 from lrc_kernels.attention.arguments import check_like, check_lse, check_pack
 from lrc_kernels.backend import Op
 from lrc_kernels.layout import VarlenLayout
@@ -82,6 +82,12 @@ forward_op.implement(
 )
 backward_op.implement(
     "cudnn", aten.cudnn_backward, supports=aten.cudnn_supports_backward, available=aten.cudnn_unavailable
+)
+merge_op.implement(
+    "cuda",
+    native.cuda_merge_partials,
+    supports=native.cuda_supports_merge_partials,
+    available=native.cuda_unavailable,
 )
 forward_op.implement("cpu", aten_cpu.forward)
 backward_op.implement("cpu", aten_cpu.backward, supports=aten_cpu.supports_backward)

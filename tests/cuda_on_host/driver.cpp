@@ -2,6 +2,7 @@
 // The C++ API of csrc/include/lrc over the emulation, as C functions for ctypes. Each returns null, or the message of
 // the exception that it threw.
 #include "cuda_emulation.h"
+#include "lrc/attention.h"
 #include "lrc/tome.h"
 
 extern "C" {
@@ -69,6 +70,19 @@ const char* host_gather_rows(const void* y, int dtype, const int32_t* assign, co
                              const int64_t* rows, int64_t num_tokens, void* x) {
   return guarded([&] {
     lrc::gather_rows(y, static_cast<lrc::DType>(dtype), assign, size, weight, rows_of(rows), num_tokens, x, nullptr);
+  });
+}
+
+// A partial: dtype, row and head stride of out, head and row stride of lse.
+const char* host_merge_partials(const void* out, const float* lse, const int64_t* layout, const void* out_block,
+                                const float* lse_block, const int64_t* layout_block, int64_t num_rows,
+                                int64_t num_heads, int64_t num_channels, float* merged, float* merged_lse) {
+  return guarded([&] {
+    const auto partial = [](const void* values, const float* logs, const int64_t* v) {
+      return lrc::PartialAttention{values, static_cast<lrc::DType>(v[0]), v[1], v[2], logs, v[3], v[4]};
+    };
+    lrc::merge_partials(partial(out, lse, layout), partial(out_block, lse_block, layout_block), num_rows, num_heads,
+                        num_channels, merged, merged_lse, nullptr);
   });
 }
 }
