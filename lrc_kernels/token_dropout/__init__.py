@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token dropout inside the LLM: which visual tokens stay, and moving their rows (InternVideo2.5 section 3.1, eq. 2)."""
 
+from lrc_kernels.token_dropout.op import drop_tokens, drop_tokens_rmsnorm, restore_tokens, select_tokens
 from lrc_kernels.token_dropout.plan import DropBudget, Selection, drop_budget
 
-__all__ = ["DropBudget", "Selection", "drop_budget"]
+__all__ = [
+    "DropBudget",
+    "Selection",
+    "drop_budget",
+    "drop_tokens",
+    "drop_tokens_rmsnorm",
+    "restore_tokens",
+    "select_tokens",
+]
