@@ -238,7 +238,8 @@ def drop_tokens(
         contiguous tensors with T_keep in place of T: one for one, else a tuple.
 
     Raises:
-        TypeError, ValueError: a dimension that is not T, another device, as many dims or fills as there are tensors not.
+        TypeError, ValueError: a dimension that is not T, another device, dims or fills of
+            another number than the tensors.
     """
     single = isinstance(tensors, Tensor)
     items = (tensors,) if single else tuple(tensors)

@@ -119,7 +119,7 @@ def select_bernoulli(
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(indices [capacity], inverse [T], cu_seqlens_out [S + 2], num_wanted [1]): a droppable token stays iff its Philox
-    word is below `threshold`, and as long as the tokens before it leave it a row (paper eq. 2 for threshold = p * 2^32).
+    word is below `threshold` (paper eq. 2 for threshold = p * 2^32) and the tokens before it leave it a row.
 
     Rows past the kept ones are -1 and form sequence S; num_wanted is the number of rows without the limit of capacity.
     """
@@ -173,7 +173,7 @@ def drop_tokens_rmsnorm_backward(
     d_dropped: Tensor, d_normed: Tensor, dropped: Tensor, weight: Tensor, rstd: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(d_residual [T, D], d_weight [D]) with u = h * rstd, g = d_normed * weight, all in fp32:
-    d_h = d_dropped + rstd * (g - u * mean(g * u)), scattered with 0 in dropped rows; d_weight = sum d_normed * round(u).
+    d_h = d_dropped + rstd * (g - u * mean(g * u)), scattered, 0 in dropped rows; d_weight = sum d_normed * round(u).
     """
     dtype = rstd.dtype
     unit = dropped.to(dtype) * rstd[:, None]
