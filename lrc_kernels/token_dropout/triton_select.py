@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection in Triton: droppable flags [T], scores or a seed in, kept rows out. No atomics, no sort, no host round trip.
+"""Selection in Triton: droppable flags [T], scores or a seed in, kept rows out. No atomics, no sort, no host sync.
 
-The k largest 32-bit keys of a sequence are found digit by digit from 8-bit histograms, one per block of tokens; the same
-histograms tell every block how many kept tokens lie before it, so that it can write its rows without waiting.
+The k largest 32-bit keys of a sequence are found digit by digit from 8-bit histograms, one per block of tokens; the
+same histograms tell every block how many kept tokens lie before it, so that it can write its rows without waiting.
 """
 
 from __future__ import annotations
@@ -181,9 +181,7 @@ def select_tokens_fwd_write_kernel(
 
 
 @triton.jit
-def _flags(
-    droppable_ptr, seed_ptr, ids_ptr, positions_ptr, cu_ptr, layer, num_blocks, threshold, BLOCK: tl.constexpr
-):
+def _flags(droppable_ptr, seed_ptr, ids_ptr, positions_ptr, cu_ptr, layer, num_blocks, threshold, BLOCK: tl.constexpr):
     """(first row, tokens of this block, which of them exist, never drop, and pass the Bernoulli draw)."""
     i_segment = tl.program_id(0) // num_blocks
     start = tl.load(cu_ptr + i_segment).to(tl.int64)
