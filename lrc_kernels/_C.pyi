@@ -72,3 +72,36 @@ def cuda_tome_gather(
     x: int,
     stream: int,
 ) -> None: ...
+def cuda_move_rows(moves: list[tuple[int, ...]], index: int, num_rows: int, stream: int) -> None: ...
+def cuda_drop_tokens_rmsnorm(
+    residual: int,
+    dtype: int,
+    row_stride: int,
+    weight: int,
+    eps: float,
+    indices: int,
+    num_rows: int,
+    width: int,
+    dropped: int,
+    normed: int,
+    rstd: int,
+    stream: int,
+) -> None: ...
+def cuda_select_tokens(
+    mode: int,
+    droppable: int,
+    cu_seqlens_in: int,
+    cu_seqlens_out: int,
+    keep: int,
+    scores: int,
+    seed: int,
+    layer: int,
+    sequence_ids: int,
+    positions: int,
+    positions_are_64_bit: bool,
+    num_sequences: int,
+    max_seqlen: int,
+    indices: int,
+    inverse: int,
+    stream: int,
+) -> None: ...

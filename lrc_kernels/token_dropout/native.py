@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MODES = {"topk": 0, "linspace": 1, "random": 2}
+# One block walks a sequence; past this many rows several blocks per sequence (Triton) are faster.
+_LONGEST = 65536
+_MOST_MOVES = 8
 _BUILD_HINT = "build it with `pip install -e . --no-build-isolation` in a checkout"
 
 
@@ -62,3 +67,108 @@ def cuda_unavailable() -> str | None:
     if not _C.has_cuda:
         return "lrc_kernels was built without CUDA (no nvcc was found, or LRC_CUDA=0)"
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def cuda_supports_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> str | None:
+    for x in tensors:
+        if x.element_size() not in (1, 2, 4, 8):
+            return f"a tensor is {x.dtype}, it takes dtypes of 1, 2, 4 and 8 bytes"
+    return _cuda_device_status(index.device.index)
+
+
+def row_moves(tensors: list[Tensor], targets: list[Tensor], fill: list[float]) -> list[tuple[int, ...]]:
+    """The fields of `lrc::RowMove` for tensors [outer, rows, width] of unit width stride."""
+    moves = []
+    for x, y, value in zip(tensors, targets, fill, strict=True):
+        size = x.element_size()
+        # A stride that no step uses must not narrow the vectors.
+        outer_stride = x.stride(0) * size if x.shape[0] > 1 else 0
+        places = (x.shape[0], x.shape[2] * size, outer_stride, x.stride(1) * size)
+        moves.append((x.data_ptr(), y.data_ptr(), *places, _pattern(value, x)))
+    return moves
+
+
+def _pattern(value: float, x: Tensor) -> int:
+    """A fill value's bits, repeated over 8 bytes."""
+    if value == 0:
+        return 0
+    repeated = torch.full((8 // x.element_size(),), _element(value, x), dtype=x.dtype)
+    return int(repeated.view(torch.int64)) % 2**64
+
+
+def cuda_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> list[Tensor]:
+    tensors = [x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous() for x in tensors]
+    moved = [x.new_empty(x.shape[0], index.shape[0], x.shape[2]) for x in tensors]
+    moves = row_moves(tensors, moved, fill)
+    index = index.contiguous()
+    with torch.cuda.device(index.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for first in range(0, len(moves), _MOST_MOVES):
+            _C.cuda_move_rows(moves[first : first + _MOST_MOVES], index.data_ptr(), index.shape[0], stream)
+    return moved
+
+
+def cuda_supports_drop_tokens_rmsnorm(residual: Tensor, weight: Tensor, eps: float, indices: Tensor) -> str | None:
+    if residual.dtype not in _DTYPES:
+        return f"residual must be fp32, bf16 or fp16, got {str(residual.dtype).removeprefix('torch.')}"
+    width, size = residual.shape[1], 16 // residual.element_size()
+    aligned = width % size == 0 and residual.stride(0) % size == 0 and residual.data_ptr() % 16 == 0
+    most = 4096 * (size if aligned and weight.data_ptr() % 16 == 0 else 1)
+    if not 1 <= width <= most:
+        return f"the width must be 1 to {most} at these addresses, got {width}"
+    return _cuda_device_status(residual.device.index)
+
+
+def cuda_drop_tokens_rmsnorm(
+    residual: Tensor, weight: Tensor, eps: float, indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = indices.shape[0], residual.shape[1]
+    weight, indices = weight.to(residual.dtype), indices.contiguous()
+    dropped = residual.new_empty(rows, width)
+    normed, rstd = torch.empty_like(dropped), residual.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device(residual.device):
+        _C.cuda_drop_tokens_rmsnorm(
+            *(residual.data_ptr(), _DTYPES[residual.dtype], residual.stride(0), weight.data_ptr(), eps),
+            *(indices.data_ptr(), rows, width, dropped.data_ptr(), normed.data_ptr(), rstd.data_ptr()),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return dropped, normed, rstd
+
+
+def cuda_supports_select(droppable: Tensor, *args: Any) -> str | None:
+    max_seqlen = args[9]
+    if max_seqlen > _LONGEST:
+        return f"max_seqlen must be at most {_LONGEST}, got {max_seqlen}"
+    return _cuda_device_status(droppable.device.index)
+
+
+def cuda_select(
+    droppable: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    keep: Tensor,
+    scores: Tensor | None,
+    seed: Tensor,
+    layer: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    num_kept: int,
+    max_seqlen: int,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    indices = torch.full((num_kept,), -1, dtype=torch.int32, device=droppable.device)
+    inverse = torch.empty(droppable.shape[0], dtype=torch.int32, device=droppable.device)
+    sequence_ids = None if sequence_ids is None else sequence_ids.contiguous()
+    positions = None if positions is None else positions.contiguous()
+    with torch.cuda.device(droppable.device):
+        _C.cuda_select_tokens(
+            *(_MODES[mode], droppable.data_ptr(), cu_seqlens_in.data_ptr(), cu_seqlens_out.data_ptr()),
+            *(keep.data_ptr(), _pointer(scores), seed.data_ptr(), layer, _pointer(sequence_ids), _pointer(positions)),
+            *(positions is not None and positions.dtype == torch.int64, keep.shape[0], max_seqlen),
+            *(indices.data_ptr(), inverse.data_ptr(), torch.cuda.current_stream().cuda_stream),
+        )
+    return indices, inverse

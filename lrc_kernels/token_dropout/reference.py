@@ -90,6 +90,7 @@ def select(
         before = torch.nn.functional.pad(droppable.long().cumsum(0), (1, 0))
         rank = before[:-1] - before[starts][sequence]
         n = before[cu_seqlens_in[1:].long()][sequence] - before[starts][sequence]
+        k = torch.minimum(k, n)
         # Rank j is kept where the smallest i with i * (n - 1) // (k - 1) >= j gives j itself.
         gaps, steps = (n - 1).clamp(min=1), (k - 1).clamp(min=1)
         i = (rank * steps + gaps - 1) // gaps

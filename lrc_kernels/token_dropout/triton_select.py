@@ -147,7 +147,7 @@ def select_tokens_fwd_write_kernel(
         drops = tl.cumsum(droppable.to(tl.int32), 0) - droppable.to(tl.int32)
         rank = drop_before + drops
         total = tl.sum(_histogram(top_ptr, num_read), 0).to(tl.int64)
-        k = tl.load(keep_ptr + i_segment).to(tl.int64)
+        k = tl.minimum(tl.load(keep_ptr + i_segment).to(tl.int64), total)
         gaps, steps = tl.maximum(total - 1, 1), tl.maximum(k - 1, 1)
         # The number of kept tokens of lower rank, which is also the only i that can give this rank.
         i = tl.minimum((rank * steps + gaps - 1) // gaps, k)
