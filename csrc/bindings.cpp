@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/select_tokens.h"
 #include "cpu/tome.h"
 #ifdef LRC_WITH_CUDA
 #include "lrc/device.h"
@@ -76,6 +77,39 @@ void tome_gather(uintptr_t y, int dtype, int64_t num_rows, uintptr_t assign, uin
   lrc::cpu::tome_gather({pointer<void>(y), static_cast<lrc::DType>(dtype), num_rows, pointer<int32_t>(assign),
                          pointer<float>(size), pointer<float>(weight), token_rows(rows), num_tokens, pointer<void>(x),
                          threads});
+}
+
+void select_tokens(int mode, uintptr_t droppable, uintptr_t cu_seqlens_in, uintptr_t cu_seqlens_out, uintptr_t keep,
+                   uintptr_t scores, int64_t seed, uint32_t layer, uintptr_t sequence_ids, uintptr_t positions,
+                   int64_t num_sequences, uintptr_t indices, uintptr_t inverse, int threads) {
+  lrc::cpu::select_tokens({static_cast<lrc::cpu::SelectMode>(mode),
+                           pointer<uint8_t>(droppable),
+                           pointer<int32_t>(cu_seqlens_in),
+                           pointer<int32_t>(cu_seqlens_out),
+                           pointer<int32_t>(keep),
+                           pointer<float>(scores),
+                           {seed, layer, pointer<int64_t>(sequence_ids), pointer<int64_t>(positions)},
+                           num_sequences,
+                           pointer<int32_t>(indices),
+                           pointer<int32_t>(inverse),
+                           threads});
+}
+
+void select_tokens_bernoulli(uintptr_t droppable, uintptr_t cu_seqlens, int64_t seed, uint32_t layer,
+                             uintptr_t sequence_ids, uintptr_t positions, int64_t num_sequences, int64_t capacity,
+                             int64_t threshold, uintptr_t indices, uintptr_t inverse, uintptr_t cu_seqlens_out,
+                             uintptr_t num_wanted, int threads) {
+  lrc::cpu::select_tokens_bernoulli({pointer<uint8_t>(droppable),
+                                     pointer<int32_t>(cu_seqlens),
+                                     {seed, layer, pointer<int64_t>(sequence_ids), pointer<int64_t>(positions)},
+                                     num_sequences,
+                                     capacity,
+                                     threshold,
+                                     pointer<int32_t>(indices),
+                                     pointer<int32_t>(inverse),
+                                     pointer<int32_t>(cu_seqlens_out),
+                                     pointer<int32_t>(num_wanted),
+                                     threads});
 }
 
 #ifdef LRC_WITH_CUDA
@@ -157,6 +191,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("tome_gather", &tome_gather, NoGil(), py::arg("y"), py::arg("dtype"), py::arg("num_rows"), py::arg("assign"),
         py::arg("size"), py::arg("weight"), py::arg("rows"), py::arg("num_tokens"), py::arg("x"),
         py::arg("threads") = 1);
+  m.def("select_tokens", &select_tokens, NoGil(), py::arg("mode"), py::arg("droppable"), py::arg("cu_seqlens_in"),
+        py::arg("cu_seqlens_out"), py::arg("keep"), py::arg("scores"), py::arg("seed"), py::arg("layer"),
+        py::arg("sequence_ids"), py::arg("positions"), py::arg("num_sequences"), py::arg("indices"), py::arg("inverse"),
+        py::arg("threads") = 1);
+  m.def("select_tokens_bernoulli", &select_tokens_bernoulli, NoGil(), py::arg("droppable"), py::arg("cu_seqlens"),
+        py::arg("seed"), py::arg("layer"), py::arg("sequence_ids"), py::arg("positions"), py::arg("num_sequences"),
+        py::arg("capacity"), py::arg("threshold"), py::arg("indices"), py::arg("inverse"), py::arg("cu_seqlens_out"),
+        py::arg("num_wanted"), py::arg("threads") = 1);
 #ifdef LRC_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_device_status", &lrc::device_status,

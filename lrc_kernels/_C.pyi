@@ -57,6 +57,38 @@ def tome_gather(
     x: int,
     threads: int = 1,
 ) -> None: ...
+def select_tokens(
+    mode: int,
+    droppable: int,
+    cu_seqlens_in: int,
+    cu_seqlens_out: int,
+    keep: int,
+    scores: int,
+    seed: int,
+    layer: int,
+    sequence_ids: int,
+    positions: int,
+    num_sequences: int,
+    indices: int,
+    inverse: int,
+    threads: int = 1,
+) -> None: ...
+def select_tokens_bernoulli(
+    droppable: int,
+    cu_seqlens: int,
+    seed: int,
+    layer: int,
+    sequence_ids: int,
+    positions: int,
+    num_sequences: int,
+    capacity: int,
+    threshold: int,
+    indices: int,
+    inverse: int,
+    cu_seqlens_out: int,
+    num_wanted: int,
+    threads: int = 1,
+) -> None: ...
 def cuda_device_status() -> str | None: ...
 def cuda_tome_head_mean(
     x: int, dtype: int, rows: TokenRows, num_tokens: int, num_heads: int, metric: int, stream: int

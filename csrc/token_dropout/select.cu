@@ -3,8 +3,8 @@
 // 32-bit key digit by digit from counts of 256 digits, then walks the sequence once more and writes rows in order.
 // Atomics only count in shared memory, where the order of the additions does not matter.
 #include "lrc/common.cuh"
-#include "lrc/philox.h"
 #include "lrc/token_dropout.h"
+#include "lrc/token_key.h"
 
 namespace lrc {
 namespace {
@@ -28,12 +28,7 @@ struct Shared {
 
 /// The key of a token, of which the largest stay: scores in their order with NaN last and -0 = 0, or inverted words.
 __device__ uint32_t token_key(const SelectArgs& args, int64_t sequence, int64_t start, int t) {
-  if (args.mode == SelectMode::kTopk) {
-    const float score = args.scores[start + t];
-    if (score != score) return 0;
-    const uint32_t bits = score == 0.0f ? 0 : __float_as_uint(score);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-  }
+  if (args.mode == SelectMode::kTopk) return score_key(__float_as_uint(args.scores[start + t]));
   int64_t position = t;
   if (args.positions) {
     position = args.positions_are_64_bit ? static_cast<const int64_t*>(args.positions)[start + t]

@@ -54,6 +54,62 @@ def _element(value: float, x: Tensor) -> float | int:
     return value if x.is_floating_point() or x.is_complex() else int(value)
 
 
+def cpu_select(
+    droppable: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    keep: Tensor,
+    scores: Tensor | None,
+    seed: Tensor,
+    layer: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    num_kept: int,
+    max_seqlen: int,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    indices = torch.full((num_kept,), -1, dtype=torch.int32)
+    inverse = torch.empty(droppable.shape[0], dtype=torch.int32)
+    ids, places = _int64(sequence_ids), _int64(positions)
+    _C.select_tokens(
+        *(_MODES[mode], droppable.data_ptr(), cu_seqlens_in.data_ptr(), cu_seqlens_out.data_ptr(), keep.data_ptr()),
+        *(_pointer(scores), int(seed), layer, _pointer(ids), _pointer(places), keep.shape[0]),
+        *(indices.data_ptr(), inverse.data_ptr(), torch.get_num_threads()),
+    )
+    return indices, inverse
+
+
+def cpu_select_bernoulli(
+    droppable: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor,
+    layer: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    capacity: int,
+    max_seqlen: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    indices = torch.full((capacity,), -1, dtype=torch.int32)
+    inverse = torch.empty(droppable.shape[0], dtype=torch.int32)
+    cu_out, wanted = (torch.empty(size, dtype=torch.int32) for size in (cu_seqlens.shape[0] + 1, 1))
+    ids, places = _int64(sequence_ids), _int64(positions)
+    _C.select_tokens_bernoulli(
+        *(droppable.data_ptr(), cu_seqlens.data_ptr(), int(seed), layer, _pointer(ids), _pointer(places)),
+        *(cu_seqlens.shape[0] - 1, capacity, threshold, indices.data_ptr(), inverse.data_ptr(), cu_out.data_ptr()),
+        *(wanted.data_ptr(), torch.get_num_threads()),
+    )
+    return indices, inverse, cu_out, wanted
+
+
+def _int64(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int64).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 @functools.cache
 def _cuda_device_status(device: int) -> str | None:
     with torch.cuda.device(device):
@@ -69,10 +125,6 @@ def cuda_unavailable() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def cuda_supports_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> str | None:
     for x in tensors:
         if x.element_size() not in (1, 2, 4, 8):
@@ -82,7 +134,7 @@ def cuda_supports_move_rows(tensors: list[Tensor], index: Tensor, fill: list[flo
 
 def row_moves(tensors: list[Tensor], targets: list[Tensor], fill: list[float]) -> list[tuple[int, ...]]:
     """The fields of `lrc::RowMove` for tensors [outer, rows, width] of unit width stride."""
-    moves = []
+    moves: list[tuple[int, ...]] = []
     for x, y, value in zip(tensors, targets, fill, strict=True):
         size = x.element_size()
         # A stride that no step uses must not narrow the vectors.

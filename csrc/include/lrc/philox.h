@@ -30,11 +30,4 @@ LRC_HOST_DEVICE inline PhiloxWords philox_4x32(PhiloxWords counter, uint32_t key
   return counter;
 }
 
-/// The word that decides about a token: key = the halves of seed, counter = (position, layer, halves of sequence id).
-LRC_HOST_DEVICE inline uint32_t token_word(uint64_t seed, uint32_t position, uint32_t layer, uint64_t sequence_id) {
-  const PhiloxWords counter = {
-      {position, layer, static_cast<uint32_t>(sequence_id), static_cast<uint32_t>(sequence_id >> 32)}};
-  return philox_4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)).word[0];
-}
-
 }  // namespace lrc
