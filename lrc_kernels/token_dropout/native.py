@@ -36,8 +36,8 @@ def cpu_unavailable() -> str | None:
 
 def cpu_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> list[Tensor]:
     """`reference.move_rows` by torch's gathers, which copy rows at the speed of memory."""
-    present = (index >= 0).nonzero()[:, 0]
-    whole = present.numel() == index.numel()
+    whole = index.numel() == 0 or int(index.min()) >= 0
+    present = index if whole else (index >= 0).nonzero()[:, 0]
     chosen = index if whole else index[present]
     moved = []
     for x, value in zip(tensors, fill, strict=True):

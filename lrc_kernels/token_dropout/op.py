@@ -166,7 +166,7 @@ def select_tokens(
     Args:
         layout: the packed sequences, or their cu_seqlens (a device tensor costs a synchronisation).
         droppable: bool [T], the visual tokens.
-        budget: from `drop_budget`; its `layer` is used.
+        budget: from `drop_budget`.
         keep: instead of a budget, in eager mode: what `drop_budget` takes. The droppable tokens are counted, which on
             a device costs one synchronisation. With mode "bernoulli" the probability of a droppable token to stay.
         mode: "topk" keeps the largest scores (NaN ranks last, ties go to the lowest row); "linspace" the droppable
@@ -174,7 +174,7 @@ def select_tokens(
             "bernoulli" every token by itself, so that the count is random.
         scores: fp32 [T], for "topk" only.
         seed: an int, or an int64 scalar tensor on the device, which a CUDA graph reads anew at every replay.
-        layer: index of the layer; a budget brings its own.
+        layer: index of the layer; a budget's own counts where this is 0.
         sequence_ids: int64 [S], distinct; what identifies a sequence wherever it is packed. Default 0 .. S - 1.
         positions: int32 or int64 [T], a token's position in its whole sequence. Default: its row in the sequence.
         capacity: "bernoulli" only: rows of the result, padding included (index -1, sequence S of the layout). Droppable
@@ -209,7 +209,7 @@ def select_tokens(
         budget.keep,
         None if scores is None else scores.detach().contiguous(),
         seed,
-        budget.layer,
+        layer or budget.layer,
         *options,
         budget.num_kept,
         budget.layout_in.max_seqlen,
@@ -354,7 +354,7 @@ def _resolve_budget(
         raise TypeError(f"budget must be a DropBudget, got {type(budget).__name__}")
     if budget.layout_in.num_sequences != layout.num_sequences or budget.layout_in.num_tokens != layout.num_tokens:
         raise ValueError(f"budget must be made for {layout}, got one for {budget.layout_in}")
-    if layer not in (0, budget.layer):
+    if layer != 0 and budget.layer not in (0, layer):
         raise ValueError(f"layer must be the budget's {budget.layer} (or left out), got {layer}")
     check_device("budget", budget.keep, droppable)
     if values_are_checked(droppable) and (counts := _count_droppable(layout, droppable)) != budget.num_droppable:
