@@ -5,12 +5,15 @@
 
 #include <array>
 #include <optional>
+#include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/select_tokens.h"
 #include "cpu/tome.h"
 #ifdef LRC_WITH_CUDA
 #include "lrc/attention.h"
 #include "lrc/device.h"
+#include "lrc/token_dropout.h"
 #include "lrc/tome.h"
 #endif
 
@@ -77,6 +80,39 @@ void tome_gather(uintptr_t y, int dtype, int64_t num_rows, uintptr_t assign, uin
                          threads});
 }
 
+void select_tokens(int mode, uintptr_t droppable, uintptr_t cu_seqlens_in, uintptr_t cu_seqlens_out, uintptr_t keep,
+                   uintptr_t scores, int64_t seed, uint32_t layer, uintptr_t sequence_ids, uintptr_t positions,
+                   int64_t num_sequences, uintptr_t indices, uintptr_t inverse, int threads) {
+  lrc::cpu::select_tokens({static_cast<lrc::cpu::SelectMode>(mode),
+                           pointer<uint8_t>(droppable),
+                           pointer<int32_t>(cu_seqlens_in),
+                           pointer<int32_t>(cu_seqlens_out),
+                           pointer<int32_t>(keep),
+                           pointer<float>(scores),
+                           {seed, layer, pointer<int64_t>(sequence_ids), pointer<int64_t>(positions)},
+                           num_sequences,
+                           pointer<int32_t>(indices),
+                           pointer<int32_t>(inverse),
+                           threads});
+}
+
+void select_tokens_bernoulli(uintptr_t droppable, uintptr_t cu_seqlens, int64_t seed, uint32_t layer,
+                             uintptr_t sequence_ids, uintptr_t positions, int64_t num_sequences, int64_t capacity,
+                             int64_t threshold, uintptr_t indices, uintptr_t inverse, uintptr_t cu_seqlens_out,
+                             uintptr_t num_wanted, int threads) {
+  lrc::cpu::select_tokens_bernoulli({pointer<uint8_t>(droppable),
+                                     pointer<int32_t>(cu_seqlens),
+                                     {seed, layer, pointer<int64_t>(sequence_ids), pointer<int64_t>(positions)},
+                                     num_sequences,
+                                     capacity,
+                                     threshold,
+                                     pointer<int32_t>(indices),
+                                     pointer<int32_t>(inverse),
+                                     pointer<int32_t>(cu_seqlens_out),
+                                     pointer<int32_t>(num_wanted),
+                                     threads});
+}
+
 #ifdef LRC_WITH_CUDA
 void cuda_tome_head_mean(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens,
                          int64_t num_heads, uintptr_t metric, uintptr_t stream) {
@@ -101,6 +137,37 @@ void cuda_attention_merge_partials(const std::array<int64_t, 7>& first, const st
                                    uintptr_t merged_lse, uintptr_t stream) {
   lrc::merge_partials(partial_attention(first), partial_attention(second), num_rows, num_heads, num_channels,
                       pointer<float>(merged), pointer<float>(merged_lse), reinterpret_cast<cudaStream_t>(stream));
+}
+
+void cuda_move_rows(const std::vector<std::array<uint64_t, 7>>& moves, uintptr_t index, int64_t num_rows,
+                    uintptr_t stream) {
+  std::vector<lrc::RowMove> table;
+  for (const auto& v : moves) {
+    table.push_back({pointer<void>(v[0]), pointer<void>(v[1]), static_cast<int64_t>(v[2]), static_cast<int64_t>(v[3]),
+                     static_cast<int64_t>(v[4]), static_cast<int64_t>(v[5]), v[6]});
+  }
+  lrc::move_rows(table.data(), static_cast<int64_t>(table.size()), pointer<int32_t>(index), num_rows,
+                 reinterpret_cast<cudaStream_t>(stream));
+}
+
+void cuda_drop_tokens_rmsnorm(uintptr_t residual, int dtype, int64_t row_stride, uintptr_t weight, float eps,
+                              uintptr_t indices, int64_t num_rows, int64_t width, uintptr_t dropped, uintptr_t normed,
+                              uintptr_t rstd, uintptr_t stream) {
+  lrc::drop_tokens_rmsnorm(pointer<void>(residual), static_cast<lrc::DType>(dtype), row_stride, pointer<void>(weight),
+                           eps, pointer<int32_t>(indices), num_rows, width, pointer<void>(dropped),
+                           pointer<void>(normed), pointer<float>(rstd), reinterpret_cast<cudaStream_t>(stream));
+}
+
+void cuda_select_tokens(int mode, uintptr_t droppable, uintptr_t cu_seqlens_in, uintptr_t cu_seqlens_out,
+                        uintptr_t keep, uintptr_t scores, uintptr_t seed, uint32_t layer, uintptr_t sequence_ids,
+                        uintptr_t positions, bool positions_are_64_bit, int64_t num_sequences, int64_t max_seqlen,
+                        uintptr_t indices, uintptr_t inverse, uintptr_t stream) {
+  lrc::select_tokens(
+      {static_cast<lrc::SelectMode>(mode), pointer<uint8_t>(droppable), pointer<int32_t>(cu_seqlens_in),
+       pointer<int32_t>(cu_seqlens_out), pointer<int32_t>(keep), pointer<float>(scores), pointer<int64_t>(seed), layer,
+       pointer<int64_t>(sequence_ids), pointer<void>(positions), positions_are_64_bit, num_sequences, max_seqlen,
+       pointer<int32_t>(indices), pointer<int32_t>(inverse)},
+      reinterpret_cast<cudaStream_t>(stream));
 }
 #endif
 
@@ -137,6 +204,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("tome_gather", &tome_gather, NoGil(), py::arg("y"), py::arg("dtype"), py::arg("num_rows"), py::arg("assign"),
         py::arg("size"), py::arg("weight"), py::arg("rows"), py::arg("num_tokens"), py::arg("x"),
         py::arg("threads") = 1);
+  m.def("select_tokens", &select_tokens, NoGil(), py::arg("mode"), py::arg("droppable"), py::arg("cu_seqlens_in"),
+        py::arg("cu_seqlens_out"), py::arg("keep"), py::arg("scores"), py::arg("seed"), py::arg("layer"),
+        py::arg("sequence_ids"), py::arg("positions"), py::arg("num_sequences"), py::arg("indices"), py::arg("inverse"),
+        py::arg("threads") = 1);
+  m.def("select_tokens_bernoulli", &select_tokens_bernoulli, NoGil(), py::arg("droppable"), py::arg("cu_seqlens"),
+        py::arg("seed"), py::arg("layer"), py::arg("sequence_ids"), py::arg("positions"), py::arg("num_sequences"),
+        py::arg("capacity"), py::arg("threshold"), py::arg("indices"), py::arg("inverse"), py::arg("cu_seqlens_out"),
+        py::arg("num_wanted"), py::arg("threads") = 1);
 #ifdef LRC_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_device_status", &lrc::device_status,
@@ -148,6 +223,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_attention_merge_partials", &cuda_attention_merge_partials, NoGil(), py::arg("first"), py::arg("second"),
         py::arg("num_rows"), py::arg("num_heads"), py::arg("num_channels"), py::arg("merged"), py::arg("merged_lse"),
         py::arg("stream"));
+  m.def("cuda_move_rows", &cuda_move_rows, NoGil(), py::arg("moves"), py::arg("index"), py::arg("num_rows"),
+        py::arg("stream"));
+  m.def("cuda_drop_tokens_rmsnorm", &cuda_drop_tokens_rmsnorm, NoGil(), py::arg("residual"), py::arg("dtype"),
+        py::arg("row_stride"), py::arg("weight"), py::arg("eps"), py::arg("indices"), py::arg("num_rows"),
+        py::arg("width"), py::arg("dropped"), py::arg("normed"), py::arg("rstd"), py::arg("stream"));
+  m.def("cuda_select_tokens", &cuda_select_tokens, NoGil(), py::arg("mode"), py::arg("droppable"),
+        py::arg("cu_seqlens_in"), py::arg("cu_seqlens_out"), py::arg("keep"), py::arg("scores"), py::arg("seed"),
+        py::arg("layer"), py::arg("sequence_ids"), py::arg("positions"), py::arg("positions_are_64_bit"),
+        py::arg("num_sequences"), py::arg("max_seqlen"), py::arg("indices"), py::arg("inverse"), py::arg("stream"));
 #else
   m.attr("has_cuda") = false;
 #endif

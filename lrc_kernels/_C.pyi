@@ -57,6 +57,38 @@ def tome_gather(
     x: int,
     threads: int = 1,
 ) -> None: ...
+def select_tokens(
+    mode: int,
+    droppable: int,
+    cu_seqlens_in: int,
+    cu_seqlens_out: int,
+    keep: int,
+    scores: int,
+    seed: int,
+    layer: int,
+    sequence_ids: int,
+    positions: int,
+    num_sequences: int,
+    indices: int,
+    inverse: int,
+    threads: int = 1,
+) -> None: ...
+def select_tokens_bernoulli(
+    droppable: int,
+    cu_seqlens: int,
+    seed: int,
+    layer: int,
+    sequence_ids: int,
+    positions: int,
+    num_sequences: int,
+    capacity: int,
+    threshold: int,
+    indices: int,
+    inverse: int,
+    cu_seqlens_out: int,
+    num_wanted: int,
+    threads: int = 1,
+) -> None: ...
 def cuda_device_status() -> str | None: ...
 def cuda_tome_head_mean(
     x: int, dtype: int, rows: TokenRows, num_tokens: int, num_heads: int, metric: int, stream: int
@@ -80,5 +112,38 @@ def cuda_attention_merge_partials(
     num_channels: int,
     merged: int,
     merged_lse: int,
+    stream: int,
+) -> None: ...
+def cuda_move_rows(moves: list[tuple[int, ...]], index: int, num_rows: int, stream: int) -> None: ...
+def cuda_drop_tokens_rmsnorm(
+    residual: int,
+    dtype: int,
+    row_stride: int,
+    weight: int,
+    eps: float,
+    indices: int,
+    num_rows: int,
+    width: int,
+    dropped: int,
+    normed: int,
+    rstd: int,
+    stream: int,
+) -> None: ...
+def cuda_select_tokens(
+    mode: int,
+    droppable: int,
+    cu_seqlens_in: int,
+    cu_seqlens_out: int,
+    keep: int,
+    scores: int,
+    seed: int,
+    layer: int,
+    sequence_ids: int,
+    positions: int,
+    positions_are_64_bit: bool,
+    num_sequences: int,
+    max_seqlen: int,
+    indices: int,
+    inverse: int,
     stream: int,
 ) -> None: ...

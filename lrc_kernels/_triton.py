@@ -4,6 +4,7 @@ time by `tools/compile_check.py`, and the names of dtypes in a Triton signature.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ class CompileCase:
     Args:
         name: unique over the project, "<kernel>-<what sets this configuration apart>".
         kernel: the `@triton.jit` function.
-        signature: Triton type of each run-time argument ("*bf16", "i32", "fp32"), in any order.
+        signature: Triton type of each run-time argument ("*bf16", "i32", "fp32"), in any order; a tuple of types for
+            an argument that is a tuple.
         constexprs: value of each constexpr argument.
         num_warps, num_stages: as launched.
         tensor_cores: True where `wgmma` or `mma.sync` must appear in the PTX.
@@ -38,8 +40,8 @@ class CompileCase:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, object]
+    signature: Mapping[str, str | tuple[str, ...]]
+    constexprs: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 2
     tensor_cores: bool = False

@@ -99,6 +99,10 @@ def resource_usage(path: Path) -> list[tuple[str, str, int, int, int]]:
     return rows
 
 
+def _constexpr_type(value: Any) -> Any:
+    return ("constexpr",) * len(value) if isinstance(value, tuple) else "constexpr"
+
+
 def compile_case(case: Any, arch: str) -> Result:
     """Compile one CompileCase with every pointer and stride divisible by 16, as PyTorch allocates them."""
     import triton
@@ -110,11 +114,24 @@ def compile_case(case: Any, arch: str) -> Result:
     missing = [name for name in names if name not in case.signature and name not in case.constexprs]
     if unknown or missing:
         raise ValueError(f"{case.name}: unknown arguments {unknown}, missing arguments {missing}")
-    types = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
+    types = {
+        name: _constexpr_type(case.constexprs[name]) if name in case.constexprs else case.signature[name]
+        for name in names
+    }
+    # A tuple argument is a type per element; its elements are addressed by two indices.
+    leaves = {
+        path: (name, leaf)
         for index, name in enumerate(names)
-        if types[name].startswith("*") or (name.startswith("stride") and types[name] != "constexpr")
+        for path, leaf in (
+            [((index, j), leaf) for j, leaf in enumerate(types[name])]
+            if isinstance(types[name], tuple)
+            else [((index,), types[name])]
+        )
+    }
+    aligned = {
+        path: [["tt.divisibility", 16]]
+        for path, (name, leaf) in leaves.items()
+        if leaf.startswith("*") or (name.startswith("stride") and leaf != "constexpr")
     }
     source = ASTSource(fn=case.kernel, signature=types, constexprs=dict(case.constexprs), attrs=aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}

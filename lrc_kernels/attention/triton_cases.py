@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,8 +69,7 @@ def _attention_case(part: str, name: str, dtype: str, K: int, arch: str, options
     if options.get("l_ptr", "") is None or part != "fwd":
         return _case(f"attention_{part}-{name}-{arch}", kernel, dtype, blocks, (arch,), **values)
     case = _case(f"attention_accumulate-{name}-{arch}", kernel, dtype, blocks, (arch,), **values)
-    case.signature["out_ptr"] = "*fp32"
-    return case
+    return replace(case, signature={**case.signature, "out_ptr": "*fp32"})
 
 
 def _cases_of(arch: str) -> list[CompileCase]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes Triton's interpreter (TRITON_INTERPRET=1) safe to test with on a machine without a GPU.
 
-In: kernels as they are. Out: `tl.dot` on bf16/fp16 operands gives the right numbers, any other bf16 arithmetic raises
-instead of giving wrong numbers silently, and `@triton.autotune` runs its first configuration without a driver.
+In: kernels as they are. Out: `tl.dot` on bf16/fp16 operands gives the right numbers, casts to bf16 round as a GPU does,
+any other bf16 arithmetic raises instead of giving wrong numbers silently, and `@triton.autotune` runs its first
+configuration without a driver.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def install_interpreter() -> str | None:
     if not _installed:
         interpreter = importlib.import_module("triton.runtime.interpreter")
         _repair_dot(interpreter)
+        _repair_cast(interpreter)
         _refuse_bfloat16(interpreter)
         _tune_without_driver(importlib.import_module("triton.runtime.autotuner").Autotuner)
         _installed = True
@@ -75,6 +77,25 @@ def _repair_dot(interpreter: Any) -> None:
         return original(self, widened(a), widened(b), d, *rest)
 
     builder.create_dot = create_dot
+
+
+def _repair_cast(interpreter: Any) -> None:
+    """fp32 -> bf16 to nearest even: the interpreter cuts the low bits off."""
+    import triton.language as tl
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    original = builder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return original(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        nearest = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The sum may carry a NaN over into the sign; its highest payload bit alone keeps it one.
+        rounded = np.where(np.isnan(src.data), (bits >> 16) | 0x40, nearest).astype(np.uint16)
+        return handle(rounded.reshape(src.data.shape), tl.bfloat16)
+
+    builder.cast_impl = cast_impl
 
 
 def _refuse_bfloat16(interpreter: Any) -> None:

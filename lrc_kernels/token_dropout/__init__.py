@@ -1,6 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token dropout inside the LLM: which visual tokens stay, and moving their rows (InternVideo2.5 section 3.1, eq. 2)."""
 
+from lrc_kernels.token_dropout.op import drop_tokens, drop_tokens_rmsnorm, restore_tokens, select_tokens
 from lrc_kernels.token_dropout.plan import DropBudget, Selection, drop_budget
+from lrc_kernels.token_dropout.schedule import DropoutSchedule, drop_position_ids, query_rows
 
-__all__ = ["DropBudget", "Selection", "drop_budget"]
+__all__ = [
+    "DropBudget",
+    "DropoutSchedule",
+    "Selection",
+    "drop_budget",
+    "drop_position_ids",
+    "drop_tokens",
+    "drop_tokens_rmsnorm",
+    "query_rows",
+    "restore_tokens",
+    "select_tokens",
+]

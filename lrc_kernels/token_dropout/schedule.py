@@ -152,8 +152,7 @@ class DropoutSchedule:
                     raise ValueError(f"kinds: a bernoulli drop must be the first, got {list(self.kinds)}")
                 if droppable is None:
                     raise ValueError("droppable must be given, on the host, for a bernoulli drop, got None")
-                options = {"seed": seed, "layer": layer, "sequence_ids": sequence_ids, "positions": positions}
-                keep = _bernoulli_counts(layout, droppable, ratio, **options)
+                keep = _bernoulli_counts(layout, droppable, ratio, seed, layer, sequence_ids, positions)
             else:
                 keep = [min(int(n * ratio), now) for n, now in zip(counts, left, strict=True)]
             budget = drop_budget(layout, left, keep=keep, positions=self.positions, layer=layer)
@@ -164,13 +163,13 @@ class DropoutSchedule:
 
 
 def _bernoulli_counts(
-    layout: VarlenLayout, droppable: Tensor, p: float, *, seed: int, layer: int, sequence_ids: Tensor | None,
+    layout: VarlenLayout, droppable: Tensor, p: float, seed: int, layer: int, sequence_ids: Tensor | None,
     positions: Tensor | None,
 ) -> list[int]:  # fmt: skip
     """How many droppable tokens of each sequence have a Philox word below p * 2^32."""
     check_tensor("droppable", droppable, dims=(1,), dtypes=(torch.bool,), numel=layout.num_tokens)
-    arguments = (torch.tensor(seed), layer, sequence_ids, positions)
-    words = reference.random_words(layout.cu_seqlens.cpu(), layout.num_tokens, *arguments)
+    cu_seqlens = layout.cu_seqlens.cpu()
+    words = reference.random_words(cu_seqlens, layout.num_tokens, torch.tensor(seed), layer, sequence_ids, positions)
     kept = droppable.cpu() & (words < int(p * 2**32))
     return [int(part.sum()) for part in kept.split(layout.lengths)]
 

@@ -3,6 +3,8 @@
 // the exception that it threw.
 #include "cuda_emulation.h"
 #include "lrc/attention.h"
+#include "lrc/philox.h"
+#include "lrc/token_dropout.h"
 #include "lrc/tome.h"
 
 extern "C" {
@@ -83,6 +85,44 @@ const char* host_merge_partials(const void* out, const float* lse, const int64_t
     };
     lrc::merge_partials(partial(out, lse, layout), partial(out_block, lse_block, layout_block), num_rows, num_heads,
                         num_channels, merged, merged_lse, nullptr);
+  });
+}
+const char* host_philox(const int64_t* counter, const int64_t* key, int64_t* out) {
+  return guarded([&] {
+    lrc::PhiloxWords words;
+    for (int i = 0; i < 4; ++i) words.word[i] = static_cast<uint32_t>(counter[i]);
+    words = lrc::philox_4x32(words, static_cast<uint32_t>(key[0]), static_cast<uint32_t>(key[1]));
+    for (int i = 0; i < 4; ++i) out[i] = words.word[i];
+  });
+}
+const char* host_move_rows(const int64_t* moves, int64_t count, const int32_t* index, int64_t num_rows) {
+  return guarded([&] {
+    lrc::RowMove table[lrc::kMaxRowMoves + 1] = {};
+    for (int64_t i = 0; i < count && i <= lrc::kMaxRowMoves; ++i) {
+      const int64_t* v = moves + 7 * i;
+      table[i] = {reinterpret_cast<void*>(v[0]), reinterpret_cast<void*>(v[1]), v[2], v[3], v[4], v[5],
+                  static_cast<uint64_t>(v[6])};
+    }
+    lrc::move_rows(table, count, index, num_rows, nullptr);
+  });
+}
+const char* host_drop_tokens_rmsnorm(const void* residual, int dtype, int64_t row_stride, const void* weight,
+                                     const float* eps, const int32_t* indices, int64_t num_rows, int64_t width,
+                                     void* dropped, void* normed, float* rstd) {
+  return guarded([&] {
+    lrc::drop_tokens_rmsnorm(residual, static_cast<lrc::DType>(dtype), row_stride, weight, *eps, indices, num_rows,
+                             width, dropped, normed, rstd, nullptr);
+  });
+}
+const char* host_select_tokens(int64_t mode, const uint8_t* droppable, const int32_t* cu_in, const int32_t* cu_out,
+                               const int32_t* keep, const float* scores, const int64_t* seed, int64_t layer,
+                               const int64_t* sequence_ids, const void* positions, int64_t positions_are_64_bit,
+                               int64_t num_sequences, int64_t max_seqlen, int32_t* indices, int32_t* inverse) {
+  return guarded([&] {
+    lrc::select_tokens(
+        {static_cast<lrc::SelectMode>(mode), droppable, cu_in, cu_out, keep, scores, seed, static_cast<uint32_t>(layer),
+         sequence_ids, positions, positions_are_64_bit != 0, num_sequences, max_seqlen, indices, inverse},
+        nullptr);
   });
 }
 }

@@ -90,6 +90,15 @@ def test_bfloat16_moves_and_casts_are_right(operation, factor, dtype):
     assert torch.equal(y.float(), factor * x.float())
 
 
+def test_casts_to_bfloat16_round_to_nearest_even():
+    x = torch.tensor([0.99999, 1.00390625, 1.01171875, -0.99999, 1e-40, 3.4e38, 65504.0, torch.inf] * 2) / 2
+    x[8:] *= -1
+    x[3] = torch.nan
+    y = torch.empty(16, dtype=torch.bfloat16)
+    arithmetic_kernel[(1,)](x, y, "cast", 16)
+    torch.testing.assert_close(y, (2 * x).bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("operation", ["max", "argmax", "cumsum"])
 def test_bfloat16_is_right_or_refused_where_triton_promotes_it(operation):
     x = torch.tensor([-3.0, 1.5, 2.5, -0.5] * 4).bfloat16()

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridges from the token dropout ops to `lrc_kernels._C` and to torch's own CPU gathers: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc_kernels.native import DTYPES, C, cpu_unavailable, cuda_device_status, cuda_unavailable, pointer
+
+# `op.py` finds beside each bridge why it may be unavailable.
+__all__ = ["cpu_unavailable", "cuda_unavailable"]
+
+_MODES = {"topk": 0, "linspace": 1, "random": 2}
+# One block walks a sequence; past this many rows several blocks per sequence (Triton) are faster.
+_LONGEST = 65536
+_MOST_MOVES = 8
+
+
+def cpu_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> list[Tensor]:
+    """`reference.move_rows` by torch's gathers, which copy rows at the speed of memory."""
+    whole = index.numel() == 0 or int(index.min()) >= 0
+    present = index if whole else (index >= 0).nonzero()[:, 0]
+    chosen = index if whole else index[present]
+    moved = []
+    for x, value in zip(tensors, fill, strict=True):
+        # One outer row as a matrix: torch copies whole rows there.
+        rows = x[0].index_select(0, chosen)[None] if x.shape[0] == 1 else x.index_select(1, chosen)
+        if not whole:
+            y = x.new_full((x.shape[0], index.shape[0], x.shape[2]), _element(value, x))
+            rows = y.index_copy_(1, present, rows)
+        moved.append(rows)
+    return moved
+
+
+def _element(value: float, x: Tensor) -> float | int:
+    return value if x.is_floating_point() or x.is_complex() else int(value)
+
+
+def cpu_select(
+    droppable: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    keep: Tensor,
+    scores: Tensor | None,
+    seed: Tensor,
+    layer: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    num_kept: int,
+    max_seqlen: int,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    indices = torch.full((num_kept,), -1, dtype=torch.int32)
+    inverse = torch.empty(droppable.shape[0], dtype=torch.int32)
+    ids, places = _int64(sequence_ids), _int64(positions)
+    C.select_tokens(
+        *(_MODES[mode], droppable.data_ptr(), cu_seqlens_in.data_ptr(), cu_seqlens_out.data_ptr(), keep.data_ptr()),
+        *(pointer(scores), int(seed), layer, pointer(ids), pointer(places), keep.shape[0]),
+        *(indices.data_ptr(), inverse.data_ptr(), torch.get_num_threads()),
+    )
+    return indices, inverse
+
+
+def cpu_select_bernoulli(
+    droppable: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor,
+    layer: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    capacity: int,
+    max_seqlen: int,
+    threshold: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    indices = torch.full((capacity,), -1, dtype=torch.int32)
+    inverse = torch.empty(droppable.shape[0], dtype=torch.int32)
+    cu_out, wanted = (torch.empty(size, dtype=torch.int32) for size in (cu_seqlens.shape[0] + 1, 1))
+    ids, places = _int64(sequence_ids), _int64(positions)
+    C.select_tokens_bernoulli(
+        *(droppable.data_ptr(), cu_seqlens.data_ptr(), int(seed), layer, pointer(ids), pointer(places)),
+        *(cu_seqlens.shape[0] - 1, capacity, threshold, indices.data_ptr(), inverse.data_ptr(), cu_out.data_ptr()),
+        *(wanted.data_ptr(), torch.get_num_threads()),
+    )
+    return indices, inverse, cu_out, wanted
+
+
+def _int64(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int64).contiguous()
+
+
+def cuda_supports_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> str | None:
+    for x in tensors:
+        if x.element_size() not in (1, 2, 4, 8):
+            return f"a tensor is {x.dtype}, it takes dtypes of 1, 2, 4 and 8 bytes"
+    return cuda_device_status(index.device.index)
+
+
+def row_moves(tensors: list[Tensor], targets: list[Tensor], fill: list[float]) -> list[tuple[int, ...]]:
+    """The fields of `lrc::RowMove` for tensors [outer, rows, width] of unit width stride."""
+    moves: list[tuple[int, ...]] = []
+    for x, y, value in zip(tensors, targets, fill, strict=True):
+        size = x.element_size()
+        # A stride that no step uses must not narrow the vectors.
+        outer_stride = x.stride(0) * size if x.shape[0] > 1 else 0
+        places = (x.shape[0], x.shape[2] * size, outer_stride, x.stride(1) * size)
+        moves.append((x.data_ptr(), y.data_ptr(), *places, _pattern(value, x)))
+    return moves
+
+
+def _pattern(value: float, x: Tensor) -> int:
+    """A fill value's bits, repeated over 8 bytes."""
+    if value == 0:
+        return 0
+    repeated = torch.full((8 // x.element_size(),), _element(value, x), dtype=x.dtype)
+    return int(repeated.view(torch.int64)) % 2**64
+
+
+def cuda_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> list[Tensor]:
+    tensors = [x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous() for x in tensors]
+    moved = [x.new_empty(x.shape[0], index.shape[0], x.shape[2]) for x in tensors]
+    moves = row_moves(tensors, moved, fill)
+    index = index.contiguous()
+    with torch.cuda.device(index.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for first in range(0, len(moves), _MOST_MOVES):
+            C.cuda_move_rows(moves[first : first + _MOST_MOVES], index.data_ptr(), index.shape[0], stream)
+    return moved
+
+
+def cuda_supports_drop_tokens_rmsnorm(residual: Tensor, weight: Tensor, eps: float, indices: Tensor) -> str | None:
+    if residual.dtype not in DTYPES:
+        return f"residual must be fp32, bf16 or fp16, got {str(residual.dtype).removeprefix('torch.')}"
+    width, size = residual.shape[1], 16 // residual.element_size()
+    aligned = width % size == 0 and residual.stride(0) % size == 0 and residual.data_ptr() % 16 == 0
+    most = 4096 * (size if aligned and weight.data_ptr() % 16 == 0 else 1)
+    if not 1 <= width <= most:
+        return f"the width must be 1 to {most} at these addresses, got {width}"
+    return cuda_device_status(residual.device.index)
+
+
+def cuda_drop_tokens_rmsnorm(
+    residual: Tensor, weight: Tensor, eps: float, indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = indices.shape[0], residual.shape[1]
+    weight, indices = weight.to(residual.dtype), indices.contiguous()
+    dropped = residual.new_empty(rows, width)
+    normed, rstd = torch.empty_like(dropped), residual.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device(residual.device):
+        C.cuda_drop_tokens_rmsnorm(
+            *(residual.data_ptr(), DTYPES[residual.dtype], residual.stride(0), weight.data_ptr(), eps),
+            *(indices.data_ptr(), rows, width, dropped.data_ptr(), normed.data_ptr(), rstd.data_ptr()),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return dropped, normed, rstd
+
+
+def cuda_supports_select(droppable: Tensor, *args: Any) -> str | None:
+    max_seqlen = args[9]
+    if max_seqlen > _LONGEST:
+        return f"max_seqlen must be at most {_LONGEST}, got {max_seqlen}"
+    return cuda_device_status(droppable.device.index)
+
+
+def cuda_select(
+    droppable: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    keep: Tensor,
+    scores: Tensor | None,
+    seed: Tensor,
+    layer: int,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    num_kept: int,
+    max_seqlen: int,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    indices = torch.full((num_kept,), -1, dtype=torch.int32, device=droppable.device)
+    inverse = torch.empty(droppable.shape[0], dtype=torch.int32, device=droppable.device)
+    sequence_ids = None if sequence_ids is None else sequence_ids.contiguous()
+    positions = None if positions is None else positions.contiguous()
+    with torch.cuda.device(droppable.device):
+        C.cuda_select_tokens(
+            *(_MODES[mode], droppable.data_ptr(), cu_seqlens_in.data_ptr(), cu_seqlens_out.data_ptr()),
+            *(keep.data_ptr(), pointer(scores), seed.data_ptr(), layer, pointer(sequence_ids), pointer(positions)),
+            *(positions is not None and positions.dtype == torch.int64, keep.shape[0], max_seqlen),
+            *(indices.data_ptr(), inverse.data_ptr(), torch.cuda.current_stream().cuda_stream),
+        )
+    return indices, inverse
