@@ -78,7 +78,7 @@ def cpu_drop_tokens_rmsnorm(
         wide = dropped[at].to(dtype)
         scale = wide.square().mean(-1).add_(eps).rsqrt_()
         rstd[at] = scale if whole else scale.masked_fill_(absent[at], 0)
-        torch.mul(wide.mul_(rstd[at, None]).to(residual.dtype), weight, out=normed[at])
+        torch.mul((wide * rstd[at, None]).to(residual.dtype), weight, out=normed[at])
     return dropped, normed, rstd
 
 
