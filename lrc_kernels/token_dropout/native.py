@@ -17,6 +17,8 @@ _MODES = {"topk": 0, "linspace": 1, "random": 2}
 # One block walks a sequence; past this many rows several blocks per sequence (Triton) are faster.
 _LONGEST = 65536
 _MOST_MOVES = 8
+# Elements of a CPU tile: 512 KiB in fp32.
+_TILE = 131072
 
 
 def cpu_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> list[Tensor]:
@@ -37,6 +39,32 @@ def cpu_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> li
 
 def _element(value: float, x: Tensor) -> float | int:
     return value if x.is_floating_point() or x.is_complex() else int(value)
+
+
+def cpu_drop_tokens_rmsnorm(
+    residual: Tensor, weight: Tensor, eps: float, indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.drop_tokens_rmsnorm` in tiles of rows that stay in the cache between torch's passes."""
+    rows, width = indices.shape[0], residual.shape[1]
+    dtype = torch.float64 if residual.dtype == torch.float64 else torch.float32
+    dropped = residual.new_empty(rows, width)
+    normed, rstd = torch.empty_like(dropped), residual.new_empty(rows, dtype=dtype)
+    weight = weight.to(residual.dtype)
+    absent = indices < 0
+    whole = not bool(absent.any())
+    # An empty residual still has rows to give where every index is -1.
+    source = residual if residual.shape[0] else residual.new_zeros(1, width)
+    tile = max(1, _TILE // max(1, width))
+    for first in range(0, rows, tile):
+        at = slice(first, first + tile)
+        torch.index_select(source, 0, indices[at].clamp(min=0), out=dropped[at])
+        if not whole:
+            dropped[at].masked_fill_(absent[at, None], 0)
+        wide = dropped[at].to(dtype)
+        scale = wide.square().mean(-1).add_(eps).rsqrt_()
+        rstd[at] = scale if whole else scale.masked_fill_(absent[at], 0)
+        torch.mul((wide * rstd[at, None]).to(residual.dtype), weight, out=normed[at])
+    return dropped, normed, rstd
 
 
 def cpu_select(

@@ -71,8 +71,9 @@ def drop_tokens_rmsnorm_fwd_kernel(
     b_x = tl.load(residual_ptr + source * stride_row + o_d, mask=m_d & (source >= 0), other=0.0)
     tl.store(dropped_ptr + row * D + o_d, b_x, mask=m_d)
     wide = b_x.to(tl.float32)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 0) / D + eps)
-    rstd = tl.where(source >= 0, rstd, 0.0)
+    # A padding row has no root to take: with eps = 0 it would be 0 / 0.
+    mean = tl.where(source >= 0, tl.sum(wide * wide, 0) / D + eps, 1.0)
+    rstd = tl.where(source >= 0, 1.0 / tl.sqrt_rn(mean), 0.0)
     tl.store(rstd_ptr + row, rstd)
     dtype = normed_ptr.dtype.element_ty
     unit = (wide * rstd).to(dtype).to(tl.float32)

@@ -7,7 +7,15 @@ import torch
 from lrc_kernels import VarlenLayout
 from lrc_kernels.backend import record, use_backend
 from lrc_kernels.testing import assert_close, make_input
-from lrc_kernels.token_dropout import drop_tokens, drop_tokens_rmsnorm, restore_tokens, select_tokens
+from lrc_kernels.token_dropout import (
+    drop_tokens,
+    drop_tokens_rmsnorm,
+    native,
+    reference,
+    restore_tokens,
+    select_tokens,
+)
+from lrc_kernels.token_dropout.op import rmsnorm_op
 
 BACKENDS = ["cpu", "reference"]
 LENGTHS = [9, 0, 6, 4]
@@ -177,6 +185,19 @@ def test_rmsnorm_rounds_as_llama_does(random, dtype, width):
         assert_close(got, exact, same, name=name)
     assert torch.equal(ours[0], results[0][0]) and torch.equal(ours[1], results[0][1])
     assert (x.grad[selection.inverse < 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("tile", "eps", "capacity"), [(30, 1e-6, None), (30, 0.0, 19), (1000, 1e-6, 19)])
+def test_rmsnorm_in_tiles_equals_the_reference(random, monkeypatch, dtype, tile, eps, capacity):
+    monkeypatch.setattr(native, "_TILE", tile)
+    selection = make_selection(random, capacity)
+    x, weight = torch.randn(19, 24, generator=random).to(dtype)[:, ::2], torch.randn(12, generator=random)
+    with use_backend("cpu"), record() as ran:
+        got = rmsnorm_op(x, weight, eps, selection.indices)
+    assert ran == [("drop_tokens_rmsnorm_fwd", "cpu")]
+    for part, wanted in zip(got, reference.drop_tokens_rmsnorm(x, weight, eps, selection.indices), strict=True):
+        assert part.dtype == wanted.dtype and torch.equal(part, wanted)
 
 
 def test_rmsnorm_reads_strided_rows_and_a_wide_weight(random):

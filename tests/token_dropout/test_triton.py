@@ -32,7 +32,7 @@ def small_tiles(monkeypatch, device):
     from lrc_kernels.token_dropout import triton_kernels, triton_select
 
     monkeypatch.setattr(triton_select, "select_block", lambda: 16)
-    monkeypatch.setattr(triton_kernels, "TILE", 32)
+    monkeypatch.setattr(triton_kernels, "TILE", 64)
     monkeypatch.setattr(triton_kernels, "BACKWARD_PROGRAMS", 5)
 
 
@@ -151,8 +151,8 @@ def padded_selection(device, total=35):
 def test_rows_of_any_dtype_move_in_one_launch(device):
     selection, total = padded_selection(device), 35
     tensors = (
-        torch.randn(total, 70), torch.arange(total), torch.arange(3 * total).view(3, total), torch.rand(total) < 0.5,
-        torch.randn(total, 5).bfloat16(), torch.randn(1, total, 8).half(), torch.randn(40, total).t(),
+        torch.randn(total, 150), torch.arange(total), torch.arange(3 * total).view(3, total), torch.rand(total) < 0.5,
+        torch.randn(total, 5).bfloat16(), torch.randn(1, total, 8).half(), torch.randn(9, total).t(),
         torch.randn(2, total, 3, dtype=torch.float64), torch.randn(total, 50)[:, 3:20], torch.randn(total).int(),
     )  # fmt: skip
     tensors = tuple(x.to(device) for x in tensors)
