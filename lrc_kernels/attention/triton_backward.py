@@ -51,7 +51,9 @@ def attention_bwd_delta_kernel(
     b_out = tl.load(out_ptr, mask=m_mk, other=0.0).to(tl.float32)
     delta = tl.sum(b_dout * b_out, 1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + i_head * stride_dlse_head + rows * stride_dlse_row, mask=m_m, other=0.0)
+        delta -= tl.load(dlse_ptr + i_head * stride_dlse_head + rows * stride_dlse_row, mask=m_m, other=0.0).to(
+            tl.float32
+        )
     lse = tl.load(lse_ptr + i_head * stride_lse + rows, mask=m_m, other=0.0)
     empty = tl.abs(lse) == float("inf")
     tl.store(safe_lse_ptr + i_head * num_rows + rows, tl.where(empty, float("inf"), lse), mask=m_m)
@@ -278,7 +280,7 @@ def launch_bwd(
     if num_heads == 0 or num_kv_heads == 0 or K == 0:
         return dq, dk, dv
     q, k, v, out, dout = (unit_stride(x) for x in (q, k, v, out, dout.to(q.dtype)))
-    lse, key_bias = lse.contiguous(), None if key_bias is None else key_bias.contiguous()
+    lse, key_bias = lse.float().contiguous(), None if key_bias is None else key_bias.contiguous()
     num_sequences, block_k = cu_seqlens_q.shape[0] - 1, padded_head_dim(K)
     keys, queries = backward_blocks(K, q.dtype, compute_capability(q))
     *window, has_left, has_right = window_of(causal, window_left, window_right)

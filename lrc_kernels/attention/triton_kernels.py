@@ -281,12 +281,12 @@ def launch_merge_partials(out: Tensor, lse: Tensor, out_block: Tensor, lse_block
     merged_lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=out.device)
     if num_rows == 0 or num_heads == 0:
         return merged, merged_lse
-    out, out_block = unit_stride(out), unit_stride(out_block)
+    out, out_block, lse, lse_block = unit_stride(out), unit_stride(out_block), lse.float(), lse_block.float()
     block_k = triton.next_power_of_2(max(1, K))
     block_t = max(1, 2048 // block_k)
     with torch.cuda.device_of(out):
         attention_merge_partials_kernel[(triton.cdiv(num_rows, block_t), num_heads)](
-            out, lse.float(), out_block, lse_block.float(), merged, merged_lse, num_rows, num_heads,
+            out, lse, out_block, lse_block, merged, merged_lse, num_rows, num_heads,
             *out.stride()[:2], *out_block.stride()[:2], *lse.stride(), *lse_block.stride(), K, block_t, block_k,
             num_warps=4,
         )  # fmt: skip

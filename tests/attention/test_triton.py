@@ -94,12 +94,12 @@ def check_backward(dout, q, k, v, out, lse, dlse, pack):
     ("dtype", "lengths", "heads", "K", "causal", "window", "bias", "layout", "dlse", "tail"),
     [
         (FP32, ([53, 0, 1, 18], [53, 0, 1, 18]), (2, 2), 16, True, (-1, -1), False, "contiguous", False, 0),
-        (BF16, ([53, 0, 1, 18], [53, 0, 1, 18]), (4, 2), 24, True, (20, -1), True, "strided", True, 3),
+        (BF16, ([53, 0, 1, 18], [53, 0, 1, 18]), (2, 1), 24, True, (20, -1), True, "strided", True, 3),
         (FP16, ([50, 7], [50, 7]), (3, 1), 40, True, (-1, -1), False, "heads_first", True, 0),
-        (FP32, ([35, 20], [50, 61]), (2, 1), 8, True, (-1, -1), True, "channels", True, 2),
+        (FP32, ([35, 5], [50, 21]), (4, 2), 8, True, (-1, -1), True, "channels", True, 2),
         (BF16, ([35, 20], [50, 61]), (2, 2), 5, False, (-1, -1), False, "heads_first", False, 0),
         (FP16, ([60, 33], [20, 50]), (2, 1), 16, True, (-1, 4), True, "contiguous", False, 1),
-        (FP32, ([60, 33], [20, 50]), (4, 2), 12, False, (7, 20), False, "strided", True, 0),
+        (FP32, ([60, 33], [20, 50]), (2, 2), 12, False, (7, 20), False, "strided", True, 0),
         (BF16, ([0, 49, 5], [9, 0, 51]), (2, 1), 16, False, (-1, -1), True, "contiguous", True, 0),
         (FP16, ([1, 1, 1], [50, 1, 33]), (4, 1), 32, True, (25, -1), True, "channels", False, 0),
         (FP32, ([55], [55]), (2, 1), 20, False, (0, 0), True, "heads_first", False, 5),
@@ -198,13 +198,13 @@ def run_all(dout, q, k, v, dlse, pack):
 
 
 def test_two_runs_agree_and_a_sequence_alone_is_the_same(device):
-    lengths = [40, 0, 19, 33]
-    q, dout = (draw((92, 4, 16), BF16, device) for _ in range(2))
-    k, v = (draw((92, 2, 16), BF16, device) for _ in range(2))
-    dlse = torch.randn(4, 92, device=device)
+    lengths = [35, 0, 19, 17]
+    q, dout = (draw((71, 2, 16), BF16, device) for _ in range(2))
+    k, v = (draw((71, 1, 16), BF16, device) for _ in range(2))
+    dlse = torch.randn(2, 71, device=device)
     first = run_all(dout, q, k, v, dlse, make_pack(lengths, lengths, device))
     again = run_all(dout, q, k, v, dlse, make_pack(lengths, lengths, device))
-    alone = slice(40, 59)
+    alone = slice(35, 54)
     single = run_all(*(x[alone] for x in (dout, q, k, v)), dlse[:, alone], make_pack([19], [19], device))
     for whole, same, part in zip(first, again, single, strict=True):
         assert torch.equal(whole, same) and torch.equal(whole[alone], part)
@@ -281,7 +281,8 @@ def test_merge_table(device, dtypes):
 )
 def test_merge_takes_any_shape(device, rows, heads, K, layout):
     out, out_block = draw((rows, heads, K), BF16, device, layout), draw((rows, heads, K), FP32, device)
-    lse, lse_block = torch.randn(rows, heads, device=device).T, torch.randn(heads, rows, device=device)
+    lse, lse_block = torch.randn(rows, heads, device=device).T, torch.randn(heads, 1, device=device, dtype=FP16)
+    lse_block = lse_block.expand(heads, rows)
     args = (out, lse, out_block, lse_block)
     merged = on_triton(merge_op, *args)
     exact, same = reference.merge_partials(*(x.double() for x in args)), reference.merge_partials(*args)
