@@ -29,7 +29,7 @@ HEAD_RULES: dict[str, tuple[str, ...]] = {
     "task vectors": ("box_token", "temporal_token", "track_token"),
     "older temporal head": ("temporal_embed.", "action_embed."),
     # RoPE frequencies, which some exports of InternLM2 store: they are computed from the configuration.
-    "RoPE frequencies": ("rotary_emb.inv_freq",),
+    "RoPE frequencies": (".rotary_emb.inv_freq",),
 }
 
 _VISION_TOP = {
@@ -78,7 +78,7 @@ class Stored:
         targets: names of our tensors that it holds.
         kind: "same"; "rows" (q, k, v one behind the other); "grouped" (InternLM2's wqkv: for each kv head its queries,
             one key head and one value head).
-        groups: kv heads, for "grouped".
+        groups, head_dim: kv heads and rows of a head, for "grouped".
     """
 
     name: str
@@ -86,6 +86,7 @@ class Stored:
     targets: tuple[str, ...]
     kind: str = "same"
     groups: int = 0
+    head_dim: int = 0
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """Our tensors from the stored one; each owns its memory where it was part of a larger one."""
@@ -94,7 +95,7 @@ class Stored:
         if self.kind == "rows":
             parts = list(tensor.chunk(3))
         else:
-            heads = tensor.view(self.groups, -1, self._head_dim(tensor), *tensor.shape[1:])
+            heads = tensor.view(self.groups, -1, self.head_dim, *tensor.shape[1:])
             parts = [part.flatten(0, 2) for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
         return {name: part.clone() for name, part in zip(self.targets, parts, strict=True)}
 
@@ -105,16 +106,8 @@ class Stored:
             return parts[0]
         if self.kind == "rows":
             return torch.cat(parts)
-        head_dim = parts[1].shape[0] // self.groups
-        return torch.cat([p.view(self.groups, -1, head_dim, *p.shape[1:]) for p in parts], dim=1).flatten(0, 2)
-
-    def _head_dim(self, tensor: Tensor) -> int:
-        # The output projection's input is the queries' width, which is that of the hidden state.
-        return tensor.shape[0] // (tensor.shape[1] // self._unit(tensor) + 2 * self.groups)
-
-    def _unit(self, tensor: Tensor) -> int:
-        rows, hidden = tensor.shape
-        return (rows - hidden) // (2 * self.groups)
+        heads = [part.view(self.groups, -1, self.head_dim, *part.shape[1:]) for part in parts]
+        return torch.cat(heads, dim=1).flatten(0, 2)
 
 
 def state_shapes(config: LRCConfig, parts: Collection[str] = PARTS) -> dict[str, Shape]:
@@ -214,12 +207,9 @@ def internlm2_layout(text: TextConfig, *, prefix: str = "") -> list[Stored]:
     for layer in range(text.num_layers):
         base = f"model.layers.{layer}."
         qkv = tuple(f"{ours}{base}self_attn.{part}_proj.weight" for part in "qkv")
-        rows = sum(shapes[name][0] for name in qkv)
-        layout.append(
-            Stored(
-                f"{prefix}{base}attention.wqkv.weight", (rows, text.hidden_size), qkv, "grouped", text.num_kv_heads
-            )
-        )
+        shape = (sum(shapes[name][0] for name in qkv), text.hidden_size)
+        wqkv = f"{prefix}{base}attention.wqkv.weight"
+        layout.append(Stored(wqkv, shape, qkv, "grouped", text.num_kv_heads, text.head_dim))
         for theirs, mine in _TEXT_LAYER.items():
             name = f"{ours}{base}{mine}.weight"
             layout.append(Stored(f"{prefix}{base}{theirs}.weight", shapes[name], (name,)))
@@ -228,7 +218,9 @@ def internlm2_layout(text: TextConfig, *, prefix: str = "") -> list[Stored]:
 
 def _public_vision(vision: VisionConfig, shapes: Mapping[str, Shape]) -> list[Stored]:
     ours = "vision_model.model."
-    layout = [Stored(f"vision_model.{theirs}", shapes[ours + name], (ours + name,)) for theirs, name in _VISION_TOP.items()]
+    layout = [
+        Stored(f"vision_model.{theirs}", shapes[ours + name], (ours + name,)) for theirs, name in _VISION_TOP.items()
+    ]
     for layer in range(vision.num_layers):
         public, mine = f"vision_model.encoder.layers.{layer}.", f"{ours}encoder.layer.{layer}."
         for kind in ("weight", "bias"):
@@ -252,8 +244,11 @@ def skip_rule(name: str) -> str | None:
     """The rule of `HEAD_RULES` by which a tensor of a public checkpoint is skipped, or None."""
     for rule, patterns in HEAD_RULES.items():
         for pattern in patterns:
-            matches = name.startswith(pattern) if pattern.endswith(".") else name.endswith(pattern)
-            if matches:
+            if (
+                name == pattern
+                or (pattern[-1] == "." and name.startswith(pattern))
+                or (pattern[0] == "." and name.endswith(pattern))
+            ):
                 return rule
     return None
 
