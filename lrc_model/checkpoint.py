@@ -21,6 +21,7 @@ from lrc_model import convert
 from lrc_model.config import FORMAT, LRCConfig
 from lrc_model.convert import PARTS, Stored
 from lrc_model.public_config import from_public, is_public, to_transformers
+from lrc_model.tokenizer import INTERNLM2_TOKENS, ByteTokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -79,9 +80,10 @@ def read_headers(path: str | Path) -> dict[str, TensorHeader]:
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files or path.suffix not in ("", ".safetensors") and path.is_file():
+    if not files or (path.is_file() and path.suffix != ".safetensors"):
         raise FileNotFoundError(_no_safetensors(path))
-    _check_shard_numbers(files)
+    if path.is_dir():
+        _check_shard_numbers(files)
     headers: dict[str, TensorHeader] = {}
     for file in files:
         with _open(file) as opened:
@@ -129,8 +131,8 @@ def read_weights(
         Tensors by our names, for `load_state_dict(..., assign=True)`, and what was used and skipped.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_headers`; a missing, unknown or misshapen tensor, with its name, file and
-            both shapes; mixed or quantised dtypes.
+        FileNotFoundError, ValueError: as `read_headers`; a missing, unknown or misshapen tensor, with its name, file
+            and both shapes; mixed or quantised dtypes.
     """
     plan = _plan(path, config, parts, dtype)
     state: dict[str, Tensor] = {}
@@ -180,7 +182,9 @@ def convert_checkpoint(
     plan = _plan(source, config, PARTS, dtype)
     values = config.to_dict()
     if layout == "transformers":
-        values = to_transformers(config, dtype=str(plan.report.dtype).removeprefix("torch."))
+        tokens = INTERNLM2_TOKENS if config.tokenizer == "internlm2" else ByteTokenizer().special_tokens
+        dtype_name = str(plan.report.dtype).removeprefix("torch.")
+        values = to_transformers(config, dtype=dtype_name, image_token_id=tokens["<IMG_CONTEXT>"])
     renamed = {stored.targets[0]: stored.name for stored in convert.LAYOUTS[layout](config)}
     item = plan.report.dtype.itemsize
     sizes = {renamed[name]: torch.Size(shape).numel() * item for name, shape in convert.state_shapes(config).items()}
@@ -238,8 +242,8 @@ def _match(
     if missing := [name for name in wanted if name not in shapes]:
         shown = ", ".join(f"{name!r} {list(wanted[name].shape)}" for name in missing[:3])
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} tensors are missing, first {shown}: fetch all shards of the checkpoint, and "
-            "check num_layers in its config.json"
+            f"{len(missing)} of {len(wanted)} tensors are missing, first {shown}: fetch all shards of the checkpoint, "
+            "and check num_layers in its config.json"
         )
     skipped: dict[str, list[str]] = {}
     for name, shape in shapes.items():
@@ -333,7 +337,7 @@ def _open(file: Path) -> Any:
 def _check_shard_numbers(files: Collection[Path]) -> None:
     present = {file.name for file in files}
     for file in files:
-        if len(files) > 1 and (found := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", file.name)):
+        if found := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", file.name):
             start, digits, of, total, end = found.groups()
             for number in range(1, int(total) + 1):
                 name = f"{start}{number:0{len(digits)}d}{of}{total}{end}"
@@ -345,7 +349,7 @@ def _no_safetensors(path: Path) -> str:
     pickles = [path] if path.is_file() else [file for pattern in _PICKLES for file in path.glob(pattern)]
     if pickles:
         return (
-            f"{path} holds no .safetensors file, and {pickles[0].name} is a pickle, which is never read: convert it with "
-            "safetensors.torch.save_file where you trust it"
+            f"{path} holds no .safetensors file, and {pickles[0].name} is a pickle, which is never read: convert it "
+            "with safetensors.torch.save_file where you trust it"
         )
     return f"{path} holds no .safetensors file"

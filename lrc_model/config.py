@@ -152,8 +152,7 @@ class DropoutConfig:
             )
         for index, layer in enumerate(self.layers):
             check_int(f"dropout.layers[{index}]", layer, minimum=0)
-        if list(self.layers) != sorted(set(self.layers)):
-            wanted = sorted(set(self.layers))
+        if list(self.layers) != (wanted := sorted(set(self.layers))):
             raise ValueError(f"dropout.layers must increase, got {list(self.layers)}; the nearest is {wanted}")
         for index, ratio in enumerate(self.keep_ratios):
             if not 0 < ratio <= 1:
@@ -161,11 +160,10 @@ class DropoutConfig:
                     f"dropout.keep_ratios[{index}] must be in (0, 1], got {ratio}: 0 would leave no visual token; "
                     "the smallest useful ratio is 1 / (visual tokens of the shortest video)"
                 )
-        if list(self.keep_ratios) != sorted(self.keep_ratios, reverse=True):
-            wanted = sorted(self.keep_ratios, reverse=True)
+        if list(self.keep_ratios) != (falling := sorted(self.keep_ratios, reverse=True)):
             raise ValueError(
                 f"dropout.keep_ratios are shares of the original tokens and must not increase, got "
-                f"{list(self.keep_ratios)}; the nearest is {wanted}"
+                f"{list(self.keep_ratios)}; the nearest is {falling}"
             )
         for index, kind in enumerate(self.kinds):
             check_choice(f"dropout.kinds[{index}]", kind, DROP_KINDS)
@@ -251,7 +249,7 @@ class LRCConfig:
                 f"tokens_per_frame must be <= {self.frame_tokens}, the tokens of a frame after the pixel shuffle, got "
                 f"{connector.tokens_per_frame}; the nearest is {self.frame_tokens}, which merges nothing"
             )
-        if self.token_width % connector.num_metric_heads:
+        if self.merges and self.token_width % connector.num_metric_heads:
             nearest = _nearest_divisor(connector.num_metric_heads, self.token_width)
             raise ValueError(
                 f"num_metric_heads must divide the token width {self.token_width}, got {connector.num_metric_heads}; "

@@ -153,8 +153,8 @@ def place_visual_tokens(embeddings: Tensor, visual: Tensor, tokens: Tensor, *, n
     if rows.shape[0] != num_visual_tokens or rows.shape[1] != embeddings.shape[1]:
         raise ValueError(
             f"tokens must hold one row of width {embeddings.shape[1]} per placeholder, got {num_visual_tokens} "
-            f"placeholders and {rows.shape[0]} rows of width {rows.shape[1]}: build the prompt with the frames that are "
-            "encoded, padding included"
+            f"placeholders and {rows.shape[0]} rows of width {rows.shape[1]}: build the prompt with the frames that "
+            "are encoded, padding included"
         )
     check_device("tokens", rows, embeddings)
     return embeddings.masked_scatter(visual.unsqueeze(-1), rows.to(embeddings.dtype))
@@ -187,5 +187,6 @@ def _check_weights(vision: VisionEncoder, weight: Tensor) -> None:
     check_device("connector", weight, seen)
     if seen.dtype != weight.dtype:
         raise ValueError(
-            f"vision and connector must have one dtype, got {seen.dtype} and {weight.dtype}: call model.to({seen.dtype})"
+            f"vision and connector must have one dtype, got {seen.dtype} and {weight.dtype}: call "
+            f"model.to({seen.dtype})"
         )

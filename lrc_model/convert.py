@@ -229,7 +229,8 @@ def _public_vision(vision: VisionConfig, shapes: Mapping[str, Shape]) -> list[St
             layout.append(Stored(f"{public}attn.qkv.{kind}", shape, qkv, "rows"))
         for theirs, name in _VISION_LAYER.items():
             for suffix in ("",) if theirs.startswith("ls") else (".weight", ".bias"):
-                layout.append(Stored(public + theirs + suffix, shapes[mine + name + suffix], (mine + name + suffix,)))
+                target = mine + name + suffix
+                layout.append(Stored(public + theirs + suffix, shapes[target], (target,)))
     return layout
 
 

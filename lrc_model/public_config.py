@@ -96,7 +96,7 @@ def text_from_public(values: Mapping[str, Any], *, where: str = "config.json", t
     )
 
 
-def to_transformers(config: LRCConfig, *, dtype: str = "bfloat16", image_token_id: int = 92546) -> dict[str, Any]:
+def to_transformers(config: LRCConfig, *, dtype: str, image_token_id: int) -> dict[str, Any]:
     """config.json of transformers' `InternVLForConditionalGeneration`; it has no token merging and no dropout."""
     vision, text = config.vision, config.text
     rope: dict[str, Any] = {"rope_type": "default"}

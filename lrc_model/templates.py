@@ -153,8 +153,8 @@ def encode_chat(
         over, per_frame = len(chat.input_ids) - max_tokens, max(1, config.tokens_per_frame)
         raise ValueError(
             f"the conversation must fit max_tokens = {max_tokens}, got {len(chat.input_ids)} tokens of which "
-            f"{chat.num_visual_tokens} are visual: leave out at least {-(-over // per_frame)} frames, raise max_tokens, "
-            "or drop the sample; it is not truncated, since that would cut the answer"
+            f"{chat.num_visual_tokens} are visual: leave out at least {-(-over // per_frame)} frames, raise "
+            "max_tokens, or drop the sample; it is not truncated, since that would cut the answer"
         )
     return chat
 
@@ -247,8 +247,8 @@ def _assign_videos(turns: Sequence[Turn], videos: Sequence[VideoSpan]) -> Iterat
         texts[0] = "<video>\n" * len(videos) + texts[0]
     elif found != len(videos):
         raise ValueError(
-            f"the texts must hold one <video> placeholder per video, got {found} placeholders and {len(videos)} videos: "
-            "add or remove placeholders (without any, the videos stand before the first question)"
+            f"the texts must hold one <video> placeholder per video, got {found} placeholders and {len(videos)} "
+            "videos: add or remove placeholders (without any, the videos stand before the first question)"
         )
     left = iter(videos)
     for text in texts:
