@@ -168,6 +168,7 @@ class _Builder:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.spans: list[tuple[int, int]] = []
+        self.supervised = False
         self.pending = ""
 
     def text(self, text: str, *, task_tokens: bool = False) -> None:
