@@ -72,7 +72,7 @@ class TextConfig:
         intermediate_size: width of the SwiGLU MLP.
         max_position: positions that were trained without scaling of RoPE.
         rope_theta: base of RoPE.
-        rope_factor: factor of dynamic NTK scaling past `max_position`; 1.0 = RoPE is never scaled.
+        rope_factor: factor of dynamic NTK scaling past `max_position`, >= 1; None = RoPE is never scaled.
         rms_norm_eps: added to the mean square in RMSNorm.
     """
 
@@ -84,7 +84,7 @@ class TextConfig:
     intermediate_size: int
     max_position: int = 32768
     rope_theta: float = 1e6
-    rope_factor: float = 2.0
+    rope_factor: float | None = 2.0
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -92,6 +92,8 @@ class TextConfig:
         _check_ints(self, "max_position")
         for name, minimum in (("rope_theta", 1.0), ("rope_factor", 1.0), ("rms_norm_eps", 0.0)):
             value = getattr(self, name)
+            if name == "rope_factor" and value is None:
+                continue
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < minimum:
                 raise ValueError(f"{name} must be a finite number >= {minimum}, got {value!r}")
         # RoPE turns pairs of channels, and the NTK exponent divides by head_dim - 2.
@@ -120,7 +122,7 @@ class TextConfig:
         100.0
         """
         check_int("num_positions", num_positions, minimum=0)
-        if self.rope_factor == 1.0 or num_positions <= self.max_position:
+        if self.rope_factor is None or num_positions <= self.max_position:
             return self.rope_theta
         stretch = self.rope_factor * num_positions / self.max_position - (self.rope_factor - 1)
         return self.rope_theta * stretch ** (self.head_dim / (self.head_dim - 2))

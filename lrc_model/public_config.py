@@ -91,7 +91,7 @@ def text_from_public(values: Mapping[str, Any], *, where: str = "config.json", t
         intermediate_size=_get(values, "intermediate_size", where),
         max_position=_get(values, "max_position_embeddings", where, 32768),
         rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 1e6))),
-        rope_factor=float(rope.get("factor", 1.0)) if kind == "dynamic" else 1.0,
+        rope_factor=float(rope.get("factor", 1.0)) if kind == "dynamic" else None,
         rms_norm_eps=float(_get(values, "rms_norm_eps", where, 1e-5)),
     )
 
@@ -100,7 +100,7 @@ def to_transformers(config: LRCConfig, *, dtype: str, image_token_id: int) -> di
     """config.json of transformers' `InternVLForConditionalGeneration`; it has no token merging and no dropout."""
     vision, text = config.vision, config.text
     rope: dict[str, Any] = {"rope_type": "default"}
-    if text.rope_factor != 1.0:
+    if text.rope_factor is not None:
         rope = {"rope_type": "dynamic", "factor": text.rope_factor}
     return {
         "architectures": ["InternVLForConditionalGeneration"],
@@ -133,7 +133,7 @@ def to_transformers(config: LRCConfig, *, dtype: str, image_token_id: int) -> di
             "max_position_embeddings": text.max_position,
             "rms_norm_eps": text.rms_norm_eps,
             "rope_theta": text.rope_theta,
-            "rope_scaling": None if text.rope_factor == 1.0 else rope,
+            "rope_scaling": None if text.rope_factor is None else rope,
             "rope_parameters": {**rope, "rope_theta": text.rope_theta},
             "tie_word_embeddings": False,
             "bos_token_id": 1,
