@@ -75,6 +75,16 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.model = _random_internvit(config, seed).to(dtype)
 
+    @classmethod
+    def empty(cls, config: VisionConfig, *, dtype: torch.dtype = torch.float32) -> VisionEncoder:
+        """The encoder on the meta device, for `load_state_dict(..., assign=True)`: no weight is drawn twice."""
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        encoder.config = config
+        with torch.device("meta"):
+            encoder.model = _internvit(config).to(dtype)
+        return encoder
+
     @property
     def grid(self) -> tuple[int, int]:
         """Patch rows and columns (h, w) of a frame."""
@@ -125,7 +135,7 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"frames must be on {device} as the weights are, got {frames.device}")
 
 
-def _random_internvit(config: VisionConfig, seed: int) -> Any:
+def _internvit(config: VisionConfig) -> Any:
     # Importing transformers takes seconds, which `import lrc_model` must not.
     try:
         from transformers import InternVLVisionConfig, InternVLVisionModel
@@ -144,12 +154,15 @@ def _random_internvit(config: VisionConfig, seed: int) -> Any:
         "use_mean_pooling": True,
         "attn_implementation": "sdpa",
     }
-    internvl = InternVLVisionConfig(**settings)
+    return InternVLVisionModel(InternVLVisionConfig(**settings))
+
+
+def _random_internvit(config: VisionConfig, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would seed the CUDA generators too, which fork_rng does not restore.
         torch.default_generator.manual_seed(seed)
-        model = InternVLVisionModel(internvl)
+        model = _internvit(config)
         # transformers starts these at zero, with which all patches of an even area would be the same token.
         for embedding in (model.embeddings.cls_token, model.embeddings.position_embeddings):
-            nn.init.normal_(embedding, std=internvl.initializer_range)
+            nn.init.normal_(embedding, std=model.config.initializer_range)
     return model
