@@ -194,6 +194,8 @@ def select_tokens(
     _check_rows(layout, droppable, mode, scores, positions, sequence_ids)
     seed = _seed_tensor(seed, droppable)
     check_int("layer", layer, minimum=0)
+    if layer >= SCALE:
+        raise ValueError(f"layer must be below 2^32, got {layer}")
     options = (sequence_ids, positions)
     if mode == "bernoulli":
         if budget is not None:

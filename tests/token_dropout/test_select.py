@@ -262,6 +262,7 @@ BAD_CALLS = {
     "seed shape": (lambda: select(seed=torch.tensor([1])), ValueError, "seed must have 0 dimensions"),
     "seed range": (lambda: select(seed=2**64), ValueError, r"seed must be below 2\^64"),
     "layer": (lambda: select(layer=-1), ValueError, "layer must be >= 0, got -1"),
+    "layer range": (lambda: select(layer=2**32), ValueError, r"layer must be below 2\^32, got 4294967296"),
     "devices": (
         lambda: select(mode="topk", scores=SCORES.to("meta")),
         ValueError,
