@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/check.h"
 #include "cpu/isa.h"
 #include "cpu/tome.h"
 
@@ -35,23 +35,10 @@ const TomeKernels& tome_kernels() {
   return baseline::kTomeKernels;
 }
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-void check_dtype(DType dtype) {
-  require(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
-          "dtype must be 0 (fp32), 1 (bf16) or 2 (fp16), got " + std::to_string(static_cast<int>(dtype)));
-}
-
 void check_rows(const TokenRows& rows, int64_t num_tokens) {
   require(rows.width >= 0 && rows.shuffle >= 1 && rows.prefix >= 0, "width and prefix must be >= 0, shuffle >= 1");
   require(num_tokens >= 0 && (num_tokens == 0 || (rows.tokens_per_frame > 0 && rows.grid_width > 0)),
           "num_tokens must be >= 0 and frames not empty, got " + std::to_string(num_tokens) + " tokens");
-}
-
-void check_threads(int threads) {
-  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
 }
 
 void check_assign(const int32_t* assign, int64_t num_tokens, int64_t num_out) {
@@ -59,19 +46,6 @@ void check_assign(const int32_t* assign, int64_t num_tokens, int64_t num_out) {
     require(assign[i] >= 0 && assign[i] < num_out, "assign must lie in [0, " + std::to_string(num_out) + "), got " +
                                                        std::to_string(assign[i]) + " for token " + std::to_string(i));
   }
-}
-
-int64_t check_cu_seqlens(const char* name, const int64_t* cu_seqlens, int64_t num_segments, int64_t total) {
-  int64_t longest = 0;
-  require(cu_seqlens[0] >= 0, std::string(name) + " must start at 0, got " + std::to_string(cu_seqlens[0]));
-  for (int64_t s = 0; s < num_segments; ++s) {
-    const int64_t n = cu_seqlens[s + 1] - cu_seqlens[s];
-    require(n >= 0, std::string(name) + " must not decrease, but does after segment " + std::to_string(s));
-    longest = std::max(longest, n);
-  }
-  require(cu_seqlens[num_segments] <= total, std::string(name) + " must end within " + std::to_string(total) +
-                                                 " rows, got " + std::to_string(cu_seqlens[num_segments]));
-  return longest;
 }
 
 }  // namespace

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention scores of one instruction set: logits and block statistics, their merge, the reduction over heads and
+// rows. Compiled once per instruction set, LRC_ISA names the namespace.
+
+#include <cstdint>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/token_dropout.h"
+
+namespace lrc::cpu::LRC_ISA {
+namespace {
+
+#include "cpu/vec.inl"
+
+constexpr float kInfinity = __builtin_inff();
+constexpr int64_t kKeyTile = 16;
+constexpr int64_t kPrefetchKeys = 32;
+
+inline Vec select(IntVec condition, Vec yes, Vec no) {
+  return bit_cast<Vec>((bit_cast<IntVec>(yes) & condition) | (bit_cast<IntVec>(no) & ~condition));
+}
+
+// e^x within 1.5 ulp; NaN stays NaN, what is below 2^-125 becomes 0.
+inline Vec exp(Vec x) {
+  const Vec low = splat(-86.6434f), high = splat(88.7228f);
+  const Vec clamped = select(x > high, high, x);
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits.
+  const Vec shifted = clamped * 1.44269504f + 12582912.f;
+  const Vec n = shifted - 12582912.f;
+  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = (y * r) * r + r + 1.f;
+  // 2^128 is no float: the power is applied less one, then doubled.
+  const BitVec power = (bit_cast<BitVec>(shifted) - 0x4b400000u + 126u) << 23;
+  y = y * bit_cast<Vec>(power) * 2.f;
+  y = select(x > high, splat(kInfinity), y);
+  return select(x < low, Vec{}, y);
+}
+
+inline float exp_scalar(float x) {
+  return exp(splat(x))[0];
+}
+
+// Lane i of the result is the sum of the lanes of v[i]. Every sum is the same tree, whatever i is.
+inline Vec sum_each(Vec* v) {
+  const IntVec low = (lane_index() >> 1) + (lane_index() & 1) * kLanes, high = low + kLanes / 2;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] = shuffle(v[i], v[i + half], low) + shuffle(v[i], v[i + half], high);
+  }
+  return v[0];
+}
+
+constexpr int kMaxQueries = kLanes < 8 ? kLanes : 8;
+
+// Q queries times kLanes / Q keys. out[query * kScoreBlock + key]; of the queries the first `count` are written.
+template <int Q, class T>
+inline void dot_tile(const T* const* key, const float* q, int64_t q_stride, int64_t head_dim, int64_t count,
+                     float* out) {
+  constexpr int kKeys = kLanes / Q;
+  Vec acc[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) acc[i] = Vec{};
+  int64_t c = 0;
+  for (; c + kLanes <= head_dim; c += kLanes) {
+    Vec k[kKeys];
+#pragma GCC unroll 16
+    for (int t = 0; t < kKeys; ++t) k[t] = load(key[t] + c);
+#pragma GCC unroll 8
+    for (int m = 0; m < Q; ++m) {
+      const Vec b = load(q + m * q_stride + c);
+#pragma GCC unroll 16
+      for (int t = 0; t < kKeys; ++t) acc[m * kKeys + t] += k[t] * b;
+    }
+  }
+  if (c < head_dim) {
+    Vec k[kKeys];
+#pragma GCC unroll 16
+    for (int t = 0; t < kKeys; ++t) k[t] = load_first(key[t] + c, head_dim - c);
+#pragma GCC unroll 8
+    for (int m = 0; m < Q; ++m) {
+      const Vec b = load(q + m * q_stride + c);
+#pragma GCC unroll 16
+      for (int t = 0; t < kKeys; ++t) acc[m * kKeys + t] += k[t] * b;
+    }
+  }
+  const Vec sums = sum_each(acc);
+  for (int64_t m = 0; m < count; ++m)
+    __builtin_memcpy(out + m * kScoreBlock, reinterpret_cast<const float*>(&sums) + m * kKeys, kKeys * sizeof(float));
+}
+
+template <int Q, class T>
+inline void dot_keys(const T* const* key, const float* q, int64_t q_stride, int64_t head_dim, int64_t count,
+                     float* out) {
+  constexpr int kKeys = kLanes / Q;
+  for (int64_t t = 0; t < kKeyTile; t += kKeys) dot_tile<Q>(key + t, q, q_stride, head_dim, count, out + t);
+}
+
+// kKeyTile keys of one head against all its queries; each key is read from memory by the first of them.
+template <class T>
+inline void dot_head(const T* const* key, const float* q, int64_t q_stride, int64_t head_dim, int64_t num_queries,
+                     float* out) {
+  for (int64_t m = 0; m < num_queries;) {
+    const int64_t rest = num_queries - m;
+    const float* first = q + m * q_stride;
+    float* to = out + m * kScoreBlock;
+    if (rest > 4 && kMaxQueries >= 8) {
+      dot_keys<kMaxQueries>(key, first, q_stride, head_dim, rest < 8 ? rest : 8, to);
+      m += 8;
+    } else if (rest > 2) {
+      dot_keys<4>(key, first, q_stride, head_dim, rest < 4 ? rest : 4, to);
+      m += 4;
+    } else if (rest == 2) {
+      dot_keys<2>(key, first, q_stride, head_dim, 2, to);
+      m += 2;
+    } else {
+      dot_keys<1>(key, first, q_stride, head_dim, 1, to);
+      m += 1;
+    }
+  }
+}
+
+int64_t vectors_of(const ScoreArgs& args, const ScoreSpan& span) {
+  return span.num_kv_heads * (args.num_heads / args.keys.num_kv_heads) * span.num_rows;
+}
+
+// Writes span.q: the query vectors in fp32, every one padded with zeros.
+void pack_queries(const ScoreArgs& args, const ScoreSpan& span) {
+  const int64_t head_dim = args.keys.head_dim, padded = (head_dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t group = args.num_heads / args.keys.num_kv_heads;
+  float* to = span.q;
+  for (int64_t h = span.first_kv_head * group; h < (span.first_kv_head + span.num_kv_heads) * group; ++h) {
+    for (int64_t r = 0; r < span.num_rows; ++r, to += padded) {
+      const float* from = args.q + (span.row[r] * args.num_heads + h) * head_dim;
+      for (int64_t c = 0; c < padded; ++c) to[c] = c < head_dim ? from[c] : 0.f;
+    }
+  }
+  for (int64_t c = 0; c < kMaxQueries * padded; ++c) to[c] = 0.f;
+}
+
+// Addresses of the keys of one block; past the end of what is seen the last key stands again.
+template <class T>
+inline void find_keys(const ScoreArgs& args, const ScoreSpan& span, int64_t first, const T** key) {
+  const ScoreKeys& keys = args.keys;
+  const T* base = static_cast<const T*>(keys.k);
+  for (int64_t i = 0; i < kScoreBlock + kPrefetchKeys; ++i) {
+    const int64_t j = first + i < span.num_keys ? first + i : span.num_keys - 1;
+    if (keys.block_table == nullptr) {
+      key[i] = base + (args.cu_seqlens[span.sequence] + j) * keys.token_stride;
+    } else {
+      const int64_t block = keys.block_table[span.sequence * keys.max_blocks + j / keys.block_size];
+      key[i] = base + block * keys.block_stride + j % keys.block_size * keys.token_stride;
+    }
+  }
+}
+
+// Logits of one block into p [vectors, kScoreBlock].
+template <class T>
+void block_logits(const ScoreArgs& args, const ScoreSpan& span, int64_t block, float* p) {
+  const ScoreKeys& keys = args.keys;
+  const int64_t queries = vectors_of(args, span) / span.num_kv_heads;
+  const int64_t padded = (keys.head_dim + kLanes - 1) / kLanes * kLanes;
+  const T* key[kScoreBlock + kPrefetchKeys];
+  find_keys(args, span, block * kScoreBlock, key);
+  const int64_t rest = span.num_keys - block * kScoreBlock, count = rest < kScoreBlock ? rest : kScoreBlock;
+  for (int64_t j = 0; j < count; j += kKeyTile) {
+    for (int64_t h = 0; h < span.num_kv_heads; ++h) {
+      const T* at[kKeyTile];
+      for (int64_t t = 0; t < kKeyTile; ++t) {
+        at[t] = key[j + t] + (span.first_kv_head + h) * keys.head_stride;
+        const T* ahead = key[j + t + kPrefetchKeys] + (span.first_kv_head + h) * keys.head_stride;
+        for (int64_t c = 0; c < keys.head_dim; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead + c);
+      }
+      const float* q = span.q + h * queries * padded;
+      dot_head(at, q, padded, keys.head_dim, queries, p + h * queries * kScoreBlock + j);
+    }
+  }
+}
+
+inline float max_lanes(Vec v) {
+  float result = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) result = v[lane] > result ? v[lane] : result;
+  return result;
+}
+
+// p = exp(scale * p - maximum) over the `seen` first keys, 0 over the others; the maximum is that of the keys seen
+// unless an lse takes its place. A NaN among the keys makes the sum NaN.
+inline void block_softmax(float* p, int64_t seen, float scale, const float* lse, float* maximum, float* sum) {
+  const Vec nothing = splat(-kInfinity);
+  Vec largest = nothing;
+  for (int64_t j = 0; j < kScoreBlock; j += kLanes) {
+    const IntVec is_seen = lane_index() + static_cast<int32_t>(j) < static_cast<int32_t>(seen) - IntVec{};
+    const Vec s = select(is_seen, load(p + j) * scale, nothing);
+    store(p + j, s);
+    largest = select(s > largest, s, largest);
+  }
+  *maximum = lse != nullptr ? *lse : max_lanes(largest);
+  const bool has_none = *maximum == -kInfinity;
+  const Vec offset = splat(has_none && lse == nullptr ? 0.f : *maximum);
+  Vec total = {};
+  for (int64_t j = 0; j < kScoreBlock; j += kLanes) {
+    const Vec e = has_none && lse != nullptr ? Vec{} : exp(load(p + j) - offset);
+    store(p + j, e);
+    total += e;
+  }
+  *sum = sum_lanes(total);
+}
+
+// scores of one block from p and the factors of its vectors; heads and rows are added in ascending order.
+void block_reduce(const ScoreArgs& args, const ScoreSpan& span, int64_t block, const float* p, const float* factor) {
+  const int64_t heads = vectors_of(args, span) / span.num_rows;
+  const int64_t num_blocks = (span.num_keys + kScoreBlock - 1) / kScoreBlock;
+  const int64_t rest = span.num_keys - block * kScoreBlock, count = rest < kScoreBlock ? rest : kScoreBlock;
+  float* scores = args.scores + args.cu_seqlens[span.sequence] + block * kScoreBlock;
+  for (int64_t r = 0; r < span.num_rows; ++r) {
+    if (span.visible[r] <= block * kScoreBlock) {
+      const bool is_first = span.last_heads && span.first_rows && r == 0;
+      for (int64_t j = 0; is_first && j < count; ++j) scores[j] = 0.f;
+      continue;
+    }
+    float* kept = span.reduced == nullptr ? nullptr : span.reduced + (r * num_blocks + block) * kScoreBlock;
+    for (int64_t j = 0; j < count; j += kLanes) {
+      Vec acc = span.first_heads ? Vec{} : load(kept + j);
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t v = h * span.num_rows + r;
+        const Vec value = load(p + v * kScoreBlock + j) * factor[v];
+        acc = !args.max_over_heads ? acc + value : select((value > acc) | (value != value), value, acc);
+      }
+      if (!span.last_heads) {
+        store(kept + j, acc);
+        continue;
+      }
+      acc *= span.row_scale;
+      const int64_t lanes = count - j < kLanes ? count - j : kLanes;
+      if (!span.first_rows || r > 0) acc += lanes < kLanes ? load_first(scores + j, lanes) : load(scores + j);
+      if (lanes < kLanes) {
+        store_first(scores + j, acc, lanes);
+      } else {
+        store(scores + j, acc);
+      }
+    }
+  }
+}
+
+template <class T>
+void block_scores(const ScoreArgs& args, const ScoreSpan& span, int64_t block) {
+  const int64_t vectors = vectors_of(args, span), group = args.num_heads / args.keys.num_kv_heads;
+  float* p = span.p + block * vectors * kScoreBlock;
+  float *maximum = span.maximum + block * vectors, *sum = span.sum + block * vectors;
+  block_logits<T>(args, span, block, p);
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t h = span.first_kv_head * group + v / span.num_rows, r = v % span.num_rows;
+    const float* lse = args.lse == nullptr ? nullptr : args.lse + h * args.num_rows + span.row[r];
+    const int64_t seen = span.visible[r] - block * kScoreBlock;
+    block_softmax(p + v * kScoreBlock, seen < 0 ? 0 : seen < kScoreBlock ? seen : kScoreBlock, args.softmax_scale, lse,
+                  maximum + v, sum + v);
+    if (lse != nullptr) maximum[v] = 1.f;
+  }
+  if (args.lse != nullptr) block_reduce(args, span, block, p, maximum);
+}
+
+// Over the blocks of one vector, ascending: maximum becomes the factor exp(block maximum - maximum) / sum.
+void merge_blocks(const ScoreSpan& span, int64_t vectors, int64_t v) {
+  const int64_t num_blocks = (span.visible[v % span.num_rows] + kScoreBlock - 1) / kScoreBlock;
+  float largest = -kInfinity, total = 0.f;
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const float m = span.maximum[b * vectors + v];
+    largest = m > largest ? m : largest;
+  }
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    float* m = span.maximum + b * vectors + v;
+    *m = *m == largest ? 1.f : exp_scalar(*m - largest);
+    total += *m * span.sum[b * vectors + v];
+  }
+  for (int64_t b = 0; b < num_blocks; ++b) span.maximum[b * vectors + v] /= total;
+}
+
+template <class Body>
+void for_each_block(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans, const Body& body) {
+  const ScoreSpan& last = spans[num_spans - 1];
+  const int64_t num_tasks = last.first_task + (last.num_keys + kScoreBlock - 1) / kScoreBlock;
+  run_tasks(args.threads, num_tasks, [&](int, int64_t task) {
+    int64_t low = 0, high = num_spans;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (spans[middle].first_task <= task ? low : high) = middle;
+    }
+    body(spans[low], task - spans[low].first_task);
+  });
+}
+
+template <class T>
+void scores_of(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans) {
+  for (int64_t i = 0; i < num_spans; ++i) pack_queries(args, spans[i]);
+  for_each_block(args, spans, num_spans,
+                 [&](const ScoreSpan& span, int64_t block) { block_scores<T>(args, span, block); });
+  if (args.lse != nullptr) return;
+  run_tasks(args.threads, num_spans, [&](int, int64_t i) {
+    const int64_t vectors = vectors_of(args, spans[i]);
+    for (int64_t v = 0; v < vectors; ++v) merge_blocks(spans[i], vectors, v);
+  });
+  for_each_block(args, spans, num_spans, [&](const ScoreSpan& span, int64_t block) {
+    const int64_t vectors = vectors_of(args, span);
+    block_reduce(args, span, block, span.p + block * vectors * kScoreBlock, span.maximum + block * vectors);
+  });
+}
+
+void scores(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans) {
+  switch (args.keys.dtype) {
+    case DType::kFloat32:
+      return scores_of<float>(args, spans, num_spans);
+    case DType::kBFloat16:
+      return scores_of<BFloat16>(args, spans, num_spans);
+    case DType::kFloat16:
+      return scores_of<Float16>(args, spans, num_spans);
+  }
+}
+
+}  // namespace
+
+extern const TokenDropoutKernels kTokenDropoutKernels;
+const TokenDropoutKernels kTokenDropoutKernels = {kLanes, scores};
+
+}  // namespace lrc::cpu::LRC_ISA
