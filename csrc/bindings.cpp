@@ -120,7 +120,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isas",
       [] {
         py::list names;
-        for (const auto isa : {lrc::cpu::Isa::kBaseline, lrc::cpu::Isa::kAvx2, lrc::cpu::Isa::kAvx512}) {
+        using lrc::cpu::Isa;
+        for (const auto isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
           if (lrc::cpu::isa_supported(isa)) names.append(lrc::cpu::isa_name(isa));
         }
         return names;

@@ -13,10 +13,10 @@
 namespace lrc::cpu {
 namespace {
 
-constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 Isa best_isa() {
-  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2}) {
+  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
     if (isa_supported(isa)) return isa;
   }
   return Isa::kBaseline;
@@ -29,7 +29,7 @@ std::atomic<Isa>& current_isa() {
 
 const TomeKernels& tome_kernels() {
 #ifdef LRC_X86
-  if (active_isa() == Isa::kAvx512) return avx512::kTomeKernels;
+  if (active_isa() >= Isa::kAvx512) return avx512::kTomeKernels;
   if (active_isa() == Isa::kAvx2) return avx2::kTomeKernels;
 #endif
   return baseline::kTomeKernels;
@@ -57,8 +57,10 @@ bool isa_supported(Isa isa) {
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                   __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   if (isa == Isa::kAvx2) return v3;
-  return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return v4 && (isa == Isa::kAvx512 || __builtin_cpu_supports("avx512bf16"));
 #else
   return false;
 #endif
@@ -73,13 +75,13 @@ const char* isa_name(Isa isa) {
 }
 
 void set_isa(const char* name) {
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (std::string(name) != isa_name(isa)) continue;
     require(isa_supported(isa), "isa must be one that this machine and build support, got " + std::string(name));
     current_isa().store(isa, std::memory_order_relaxed);
     return;
   }
-  throw std::invalid_argument("isa must be baseline, avx2 or avx512, got " + std::string(name));
+  throw std::invalid_argument("isa must be baseline, avx2, avx512 or avx512_bf16, got " + std::string(name));
 }
 
 void rank_rows(const float* score, const uint8_t* is_protected, int32_t* order, int64_t n) {

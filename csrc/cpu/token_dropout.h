@@ -62,7 +62,7 @@ struct ScoreSpan {
   const int64_t* visible;  // [num_rows] keys that each row sees
   float row_scale;         // head_scale over the sequence's number of rows
   bool first_rows;         // the scores hold nothing of earlier rows yet
-  float* q;                // [vectors + spare, padded head_dim], written by pack
+  void* q;                 // [vectors + spare, padded head_dim] in the format of the instruction set
   float* p;                // [blocks, vectors, kScoreBlock] exp(logit - block maximum)
   float* maximum;          // [blocks, vectors]; then the factor that turns p into probabilities
   float* sum;              // [blocks, vectors]
@@ -73,7 +73,7 @@ struct ScoreSpan {
 
 // What one instruction set provides; spans of one call are independent of each other.
 struct TokenDropoutKernels {
-  int64_t lanes;  // q is padded to a multiple of it
+  int64_t step;  // head_dim of packed q is padded to a multiple of it
   void (*scores)(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans);
 };
 
@@ -84,6 +84,7 @@ struct TokenDropoutKernels {
 LRC_DECLARE_TOKEN_DROPOUT(baseline)
 LRC_DECLARE_TOKEN_DROPOUT(avx2)
 LRC_DECLARE_TOKEN_DROPOUT(avx512)
+LRC_DECLARE_TOKEN_DROPOUT(avx512_bf16)
 #undef LRC_DECLARE_TOKEN_DROPOUT
 
 }  // namespace lrc::cpu

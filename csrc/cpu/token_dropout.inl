@@ -15,8 +15,7 @@ namespace {
 #include "cpu/vec.inl"
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int64_t kKeyTile = 16;
-constexpr int64_t kPrefetchKeys = 32;
+constexpr int64_t kPrefetchKeys = 16;
 
 inline Vec select(IntVec condition, Vec yes, Vec no) {
   return bit_cast<Vec>((bit_cast<IntVec>(yes) & condition) | (bit_cast<IntVec>(no) & ~condition));
@@ -47,102 +46,150 @@ inline float exp_scalar(float x) {
   return exp(splat(x))[0];
 }
 
-// Lane i of the result is the sum of the lanes of v[i]. Every sum is the same tree, whatever i is.
-inline Vec sum_each(Vec* v) {
-  const IntVec low = (lane_index() >> 1) + (lane_index() & 1) * kLanes, high = low + kLanes / 2;
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
+// Lane i of the result is the sum of the lanes of v[i]. Every sum is the same tree, whatever i is. A template over the
+// rounds, because GCC spills an array that a loop halves.
+template <int N>
+inline Vec sum_each(const Vec* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    const IntVec low = (lane_index() >> 1) + (lane_index() & 1) * kLanes, high = low + kLanes / 2;
+    Vec half[N / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) v[i] = shuffle(v[i], v[i + half], low) + shuffle(v[i], v[i + half], high);
+    for (int i = 0; i < N / 2; ++i) half[i] = shuffle(v[i], v[i + N / 2], low) + shuffle(v[i], v[i + N / 2], high);
+    return sum_each<N / 2>(half);
   }
-  return v[0];
 }
 
 constexpr int kMaxQueries = kLanes < 8 ? kLanes : 8;
 
+// How keys of type T meet packed queries: kStep channels at a time.
+template <class T>
+struct Product {
+  typedef float Query;
+  typedef Vec Operand;
+  static constexpr int64_t kStep = kLanes;
+  static Operand load(const T* p) { return LRC_ISA::load(p); }
+  static Operand load_first(const T* p, int64_t count) { return LRC_ISA::load_first(p, count); }
+  static Operand load_query(const float* p) { return LRC_ISA::load(p); }
+  static Vec add(Vec acc, Operand a, Operand b) { return acc + a * b; }
+  static float query(float value) { return value; }
+};
+
+#if defined(__AVX512BF16__)
+// Two bf16 products per lane and instruction, exact and added in fp32; subnormal numbers count as 0.
+template <>
+struct Product<BFloat16> {
+  typedef BFloat16 Query;
+  typedef __m512bh Operand;
+  static constexpr int64_t kStep = 2 * kLanes;
+  static Operand load(const BFloat16* p) { return bit_cast<Operand>(_mm512_loadu_si512(p)); }
+  static Operand load_first(const BFloat16* p, int64_t count) {
+    return bit_cast<Operand>(_mm512_maskz_loadu_epi16((uint32_t{1} << count) - 1, p));
+  }
+  static Operand load_query(const BFloat16* p) { return load(p); }
+  static BFloat16 query(float value) { return {static_cast<uint16_t>(bit_cast<uint32_t>(value) >> 16)}; }
+  static Vec add(Vec acc, Operand a, Operand b) {
+    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(acc), a, b));
+  }
+};
+#endif
+
 // Q queries times kLanes / Q keys. out[query * kScoreBlock + key]; of the queries the first `count` are written.
 template <int Q, class T>
-inline void dot_tile(const T* const* key, const float* q, int64_t q_stride, int64_t head_dim, int64_t count,
-                     float* out) {
+inline void dot_tile(const T* const* key, const typename Product<T>::Query* q, int64_t q_stride, int64_t head_dim,
+                     int64_t count, float* out) {
+  typedef Product<T> P;
   constexpr int kKeys = kLanes / Q;
   Vec acc[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) acc[i] = Vec{};
   int64_t c = 0;
-  for (; c + kLanes <= head_dim; c += kLanes) {
-    Vec k[kKeys];
+  for (; c + P::kStep <= head_dim; c += P::kStep) {
+    typename P::Operand k[kKeys];
 #pragma GCC unroll 16
-    for (int t = 0; t < kKeys; ++t) k[t] = load(key[t] + c);
+    for (int t = 0; t < kKeys; ++t) k[t] = P::load(key[t] + c);
 #pragma GCC unroll 8
     for (int m = 0; m < Q; ++m) {
-      const Vec b = load(q + m * q_stride + c);
+      const auto b = P::load_query(q + m * q_stride + c);
 #pragma GCC unroll 16
-      for (int t = 0; t < kKeys; ++t) acc[m * kKeys + t] += k[t] * b;
+      for (int t = 0; t < kKeys; ++t) acc[m * kKeys + t] = P::add(acc[m * kKeys + t], k[t], b);
     }
   }
   if (c < head_dim) {
-    Vec k[kKeys];
 #pragma GCC unroll 16
-    for (int t = 0; t < kKeys; ++t) k[t] = load_first(key[t] + c, head_dim - c);
+    for (int t = 0; t < kKeys; ++t) {
+      const auto k = P::load_first(key[t] + c, head_dim - c);
 #pragma GCC unroll 8
-    for (int m = 0; m < Q; ++m) {
-      const Vec b = load(q + m * q_stride + c);
-#pragma GCC unroll 16
-      for (int t = 0; t < kKeys; ++t) acc[m * kKeys + t] += k[t] * b;
+      for (int m = 0; m < Q; ++m) acc[m * kKeys + t] = P::add(acc[m * kKeys + t], k, P::load_query(q + m * q_stride + c));
     }
   }
-  const Vec sums = sum_each(acc);
+  const Vec sums = sum_each<kLanes>(acc);
   for (int64_t m = 0; m < count; ++m)
     __builtin_memcpy(out + m * kScoreBlock, reinterpret_cast<const float*>(&sums) + m * kKeys, kKeys * sizeof(float));
 }
 
-template <int Q, class T>
-inline void dot_keys(const T* const* key, const float* q, int64_t q_stride, int64_t head_dim, int64_t count,
-                     float* out) {
-  constexpr int kKeys = kLanes / Q;
-  for (int64_t t = 0; t < kKeyTile; t += kKeys) dot_tile<Q>(key + t, q, q_stride, head_dim, count, out + t);
+// How many of `rest` queries go into one tile, padded: 8, 4, 2 or 1.
+inline int64_t queries_of_tile(int64_t rest) {
+  return rest > 4 && kMaxQueries == 8 ? 8 : rest > 2 ? 4 : rest;
 }
 
-// kKeyTile keys of one head against all its queries; each key is read from memory by the first of them.
+// Keys that go together: as many as the tile with the fewest queries takes.
+inline int64_t keys_of_tile(int64_t num_queries) {
+  const int64_t last = num_queries % kMaxQueries;
+  return kLanes / (last == 0 ? kMaxQueries : last == 5 ? 1 : queries_of_tile(last));
+}
+
+// Some keys of one head against all its queries; each key is read from memory by the first of them.
 template <class T>
-inline void dot_head(const T* const* key, const float* q, int64_t q_stride, int64_t head_dim, int64_t num_queries,
-                     float* out) {
-  for (int64_t m = 0; m < num_queries;) {
+inline void dot_head(const T* const* key, int64_t num_keys, const typename Product<T>::Query* q, int64_t q_stride,
+                     int64_t head_dim, int64_t num_queries, float* out) {
+  for (int64_t m = 0, step; m < num_queries; m += step) {
     const int64_t rest = num_queries - m;
-    const float* first = q + m * q_stride;
-    float* to = out + m * kScoreBlock;
-    if (rest > 4 && kMaxQueries >= 8) {
-      dot_keys<kMaxQueries>(key, first, q_stride, head_dim, rest < 8 ? rest : 8, to);
-      m += 8;
-    } else if (rest > 2) {
-      dot_keys<4>(key, first, q_stride, head_dim, rest < 4 ? rest : 4, to);
-      m += 4;
-    } else if (rest == 2) {
-      dot_keys<2>(key, first, q_stride, head_dim, 2, to);
-      m += 2;
-    } else {
-      dot_keys<1>(key, first, q_stride, head_dim, 1, to);
-      m += 1;
+    step = queries_of_tile(rest);
+    const auto* first = q + m * q_stride;
+    const int64_t count = rest < step ? rest : step;
+    for (int64_t t = 0; t < num_keys; t += kLanes / step) {
+      float* to = out + m * kScoreBlock + t;
+      switch (step) {
+        case 1:
+          dot_tile<1>(key + t, first, q_stride, head_dim, count, to);
+          break;
+        case 2:
+          dot_tile<2>(key + t, first, q_stride, head_dim, count, to);
+          break;
+        case 4:
+          dot_tile<4>(key + t, first, q_stride, head_dim, count, to);
+          break;
+        default:
+          dot_tile<kMaxQueries>(key + t, first, q_stride, head_dim, count, to);
+      }
     }
   }
+}
+
+template <class T>
+int64_t padded_head_dim(const ScoreArgs& args) {
+  return (args.keys.head_dim + Product<T>::kStep - 1) / Product<T>::kStep * Product<T>::kStep;
 }
 
 int64_t vectors_of(const ScoreArgs& args, const ScoreSpan& span) {
   return span.num_kv_heads * (args.num_heads / args.keys.num_kv_heads) * span.num_rows;
 }
 
-// Writes span.q: the query vectors in fp32, every one padded with zeros.
+// Writes span.q: the query vectors, every one padded with zeros.
+template <class T>
 void pack_queries(const ScoreArgs& args, const ScoreSpan& span) {
-  const int64_t head_dim = args.keys.head_dim, padded = (head_dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t head_dim = args.keys.head_dim, padded = padded_head_dim<T>(args);
   const int64_t group = args.num_heads / args.keys.num_kv_heads;
-  float* to = span.q;
+  auto* to = static_cast<typename Product<T>::Query*>(span.q);
   for (int64_t h = span.first_kv_head * group; h < (span.first_kv_head + span.num_kv_heads) * group; ++h) {
     for (int64_t r = 0; r < span.num_rows; ++r, to += padded) {
       const float* from = args.q + (span.row[r] * args.num_heads + h) * head_dim;
-      for (int64_t c = 0; c < padded; ++c) to[c] = c < head_dim ? from[c] : 0.f;
+      for (int64_t c = 0; c < padded; ++c) to[c] = Product<T>::query(c < head_dim ? from[c] : 0.f);
     }
   }
-  for (int64_t c = 0; c < kMaxQueries * padded; ++c) to[c] = 0.f;
+  for (int64_t c = 0; c < kMaxQueries * padded; ++c) to[c] = Product<T>::query(0.f);
 }
 
 // Addresses of the keys of one block; past the end of what is seen the last key stands again.
@@ -165,21 +212,22 @@ inline void find_keys(const ScoreArgs& args, const ScoreSpan& span, int64_t firs
 template <class T>
 void block_logits(const ScoreArgs& args, const ScoreSpan& span, int64_t block, float* p) {
   const ScoreKeys& keys = args.keys;
-  const int64_t queries = vectors_of(args, span) / span.num_kv_heads;
-  const int64_t padded = (keys.head_dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t queries = vectors_of(args, span) / span.num_kv_heads, padded = padded_head_dim<T>(args);
+  const auto* q = static_cast<const typename Product<T>::Query*>(span.q);
   const T* key[kScoreBlock + kPrefetchKeys];
   find_keys(args, span, block * kScoreBlock, key);
   const int64_t rest = span.num_keys - block * kScoreBlock, count = rest < kScoreBlock ? rest : kScoreBlock;
-  for (int64_t j = 0; j < count; j += kKeyTile) {
+  const int64_t step = keys_of_tile(queries), line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t j = 0; j < count; j += step) {
     for (int64_t h = 0; h < span.num_kv_heads; ++h) {
-      const T* at[kKeyTile];
-      for (int64_t t = 0; t < kKeyTile; ++t) {
-        at[t] = key[j + t] + (span.first_kv_head + h) * keys.head_stride;
-        const T* ahead = key[j + t + kPrefetchKeys] + (span.first_kv_head + h) * keys.head_stride;
-        for (int64_t c = 0; c < keys.head_dim; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead + c);
+      const int64_t at_head = (span.first_kv_head + h) * keys.head_stride;
+      const T* at[kLanes];
+      for (int64_t t = 0; t < step; ++t) {
+        at[t] = key[j + t] + at_head;
+        const T* ahead = key[j + t + kPrefetchKeys] + at_head;
+        for (int64_t c = 0; c < keys.head_dim; c += line) __builtin_prefetch(ahead + c, 0, 2);
       }
-      const float* q = span.q + h * queries * padded;
-      dot_head(at, q, padded, keys.head_dim, queries, p + h * queries * kScoreBlock + j);
+      dot_head(at, step, q + h * queries * padded, padded, keys.head_dim, queries, p + h * queries * kScoreBlock + j);
     }
   }
 }
@@ -298,7 +346,7 @@ void for_each_block(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_s
 
 template <class T>
 void scores_of(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans) {
-  for (int64_t i = 0; i < num_spans; ++i) pack_queries(args, spans[i]);
+  for (int64_t i = 0; i < num_spans; ++i) pack_queries<T>(args, spans[i]);
   for_each_block(args, spans, num_spans,
                  [&](const ScoreSpan& span, int64_t block) { block_scores<T>(args, span, block); });
   if (args.lse != nullptr) return;
@@ -326,6 +374,6 @@ void scores(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans) {
 }  // namespace
 
 extern const TokenDropoutKernels kTokenDropoutKernels;
-const TokenDropoutKernels kTokenDropoutKernels = {kLanes, scores};
+const TokenDropoutKernels kTokenDropoutKernels = {2 * kLanes, scores};
 
 }  // namespace lrc::cpu::LRC_ISA

@@ -19,6 +19,7 @@ constexpr int64_t kSpareQueries = 8;
 
 const TokenDropoutKernels& kernels() {
 #ifdef LRC_X86
+  if (active_isa() == Isa::kAvx512Bf16) return avx512_bf16::kTokenDropoutKernels;
   if (active_isa() == Isa::kAvx512) return avx512::kTokenDropoutKernels;
   if (active_isa() == Isa::kAvx2) return avx2::kTokenDropoutKernels;
 #endif
@@ -77,10 +78,10 @@ class Wave {
   }
 
   void add(ScoreSpan span, int64_t vectors) {
-    const int64_t num_blocks = blocks_of(span.num_keys, kScoreBlock), lanes = kernels_.lanes;
+    const int64_t num_blocks = blocks_of(span.num_keys, kScoreBlock), step = kernels_.step;
     const int64_t needed = scratch_of(span.num_keys, vectors);
     if (!spans_.empty() && used_ + needed > kScratchFloats) run();
-    const int64_t q_floats = (vectors + kSpareQueries) * blocks_of(args_.keys.head_dim, lanes) * lanes;
+    const int64_t q_floats = (vectors + kSpareQueries) * blocks_of(args_.keys.head_dim, step) * step;
     // Not value-initialised: everything that is read has been written or is masked.
     float* memory = memory_.emplace_back(new float[needed + q_floats]).get();
     span.p = memory;
