@@ -46,18 +46,30 @@ inline float exp_scalar(float x) {
   return exp(splat(x))[0];
 }
 
-// Lane i of the result is the sum of the lanes of v[i]. Every sum is the same tree, whatever i is. A template over the
-// rounds, because GCC spills an array that a loop halves.
-template <int N>
+// a and b halved: the 128-bit quarters of the sum hold {a, b} of the lanes that the two index vectors pair.
+inline Vec fold(Vec a, Vec b, IntVec first, int32_t distance) {
+  return shuffle(a, b, first) + shuffle(a, b, first + distance);
+}
+
+// Lane i of the result is the sum of the lanes of v[i]. Every sum is the same tree, whatever i is: first within
+// quarters of 128 bits, by shuffles that every instruction set has, then over the quarters.
 inline Vec sum_each(const Vec* v) {
-  if constexpr (N == 1) {
-    return v[0];
+  const IntVec lane = lane_index() & 3, quarter = lane_index() >> 2;
+  const IntVec unpack = lane_index() - lane + (lane >> 1) + (lane & 1) * kLanes;
+  Vec four[kLanes / 4];
+#pragma GCC unroll 4
+  for (int g = 0; g < kLanes / 4; ++g) {
+    const Vec even = fold(v[4 * g], v[4 * g + 2], unpack, 2), odd = fold(v[4 * g + 1], v[4 * g + 3], unpack, 2);
+    four[g] = fold(even, odd, unpack, 2);
+  }
+  if constexpr (kLanes == 4) {
+    return four[0];
+  } else if constexpr (kLanes == 8) {
+    return fold(four[0], four[1], lane + quarter * kLanes, 4);
   } else {
-    const IntVec low = (lane_index() >> 1) + (lane_index() & 1) * kLanes, high = low + kLanes / 2;
-    Vec half[N / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < N / 2; ++i) half[i] = shuffle(v[i], v[i + N / 2], low) + shuffle(v[i], v[i + N / 2], high);
-    return sum_each<N / 2>(half);
+    const IntVec near = lane + (quarter & 1) * 4 + (quarter >> 1) * kLanes;
+    const IntVec far = lane + (quarter & 1) * 8 + (quarter >> 1) * kLanes;
+    return fold(fold(four[0], four[1], near, 8), fold(four[kLanes / 4 - 2], four[kLanes / 4 - 1], near, 8), far, 4);
   }
 }
 
@@ -124,7 +136,7 @@ inline void dot_tile(const T* const* key, const typename Product<T>::Query* q, i
       for (int m = 0; m < Q; ++m) acc[m * kKeys + t] = P::add(acc[m * kKeys + t], k, P::load_query(q + m * q_stride + c));
     }
   }
-  const Vec sums = sum_each<kLanes>(acc);
+  const Vec sums = sum_each(acc);
   for (int64_t m = 0; m < count; ++m)
     __builtin_memcpy(out + m * kScoreBlock, reinterpret_cast<const float*>(&sums) + m * kKeys, kKeys * sizeof(float));
 }
@@ -233,9 +245,12 @@ void block_logits(const ScoreArgs& args, const ScoreSpan& span, int64_t block, f
 }
 
 inline float max_lanes(Vec v) {
-  float result = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) result = v[lane] > result ? v[lane] : result;
-  return result;
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const Vec other = shuffle(v, v, (lane_index() + step) & (kLanes - 1));
+    v = select(other > v, other, v);
+  }
+  return v[0];
 }
 
 // p = exp(scale * p - maximum) over the `seen` first keys, 0 over the others; the maximum is that of the keys seen
