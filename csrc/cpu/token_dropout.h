@@ -60,8 +60,7 @@ struct ScoreSpan {
   int64_t num_rows;
   const int64_t* row;      // [num_rows] rows of q
   const int64_t* visible;  // [num_rows] keys that each row sees
-  float row_scale;         // head_scale over the sequence's number of rows
-  bool first_rows;         // the scores hold nothing of earlier rows yet
+  float row_scale;         // head_scale over the sequence's number of rows: what its rows add to the scores
   void* q;                 // [vectors + spare, padded head_dim] in the format of the instruction set
   float* p;                // [blocks, vectors, kScoreBlock] exp(logit - block maximum)
   float* maximum;          // [blocks, vectors]; then the factor that turns p into probabilities

@@ -15,16 +15,13 @@ namespace {
 #include "cpu/vec.inl"
 
 constexpr float kInfinity = __builtin_inff();
+constexpr int kBlockVectors = kScoreBlock / kLanes;
 constexpr int64_t kPrefetchKeys = 16;
-
-inline Vec select(IntVec condition, Vec yes, Vec no) {
-  return bit_cast<Vec>((bit_cast<IntVec>(yes) & condition) | (bit_cast<IntVec>(no) & ~condition));
-}
 
 // e^x within 1.5 ulp; NaN stays NaN, what is below 2^-125 becomes 0.
 inline Vec exp(Vec x) {
   const Vec low = splat(-86.6434f), high = splat(88.7228f);
-  const Vec clamped = select(x > high, high, x);
+  const Vec clamped = x > high ? high : x;
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits.
   const Vec shifted = clamped * 1.44269504f + 12582912.f;
   const Vec n = shifted - 12582912.f;
@@ -38,8 +35,8 @@ inline Vec exp(Vec x) {
   // 2^128 is no float: the power is applied less one, then doubled.
   const BitVec power = (bit_cast<BitVec>(shifted) - 0x4b400000u + 126u) << 23;
   y = y * bit_cast<Vec>(power) * 2.f;
-  y = select(x > high, splat(kInfinity), y);
-  return select(x < low, Vec{}, y);
+  y = x > high ? splat(kInfinity) : y;
+  return x < low ? Vec{} : y;
 }
 
 inline float exp_scalar(float x) {
@@ -237,7 +234,10 @@ void block_logits(const ScoreArgs& args, const ScoreSpan& span, int64_t block, f
       for (int64_t t = 0; t < step; ++t) {
         at[t] = key[j + t] + at_head;
         const T* ahead = key[j + t + kPrefetchKeys] + at_head;
-        for (int64_t c = 0; c < keys.head_dim; c += line) __builtin_prefetch(ahead + c, 0, 2);
+        for (int64_t c = 0; c < keys.head_dim; c += 4 * line) {
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(ahead + c + i * line, 0, 2);
+        }
       }
       dot_head(at, step, q + h * queries * padded, padded, keys.head_dim, queries, p + h * queries * kScoreBlock + j);
     }
@@ -248,7 +248,7 @@ inline float max_lanes(Vec v) {
 #pragma GCC unroll 4
   for (int step = kLanes / 2; step > 0; step /= 2) {
     const Vec other = shuffle(v, v, (lane_index() + step) & (kLanes - 1));
-    v = select(other > v, other, v);
+    v = other > v ? other : v;
   }
   return v[0];
 }
@@ -257,20 +257,23 @@ inline float max_lanes(Vec v) {
 // unless an lse takes its place. A NaN among the keys makes the sum NaN.
 inline void block_softmax(float* p, int64_t seen, float scale, const float* lse, float* maximum, float* sum) {
   const Vec nothing = splat(-kInfinity);
-  Vec largest = nothing;
-  for (int64_t j = 0; j < kScoreBlock; j += kLanes) {
-    const IntVec is_seen = lane_index() + static_cast<int32_t>(j) < static_cast<int32_t>(seen) - IntVec{};
-    const Vec s = select(is_seen, load(p + j) * scale, nothing);
-    store(p + j, s);
-    largest = select(s > largest, s, largest);
+  Vec s[kBlockVectors], largest = nothing, total = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlockVectors; ++i) {
+    s[i] = load(p + i * kLanes) * scale;
+    if (seen < (i + 1) * kLanes) {
+      const IntVec limit = static_cast<int32_t>(seen) - i * kLanes - IntVec{};
+      s[i] = lane_index() < limit ? s[i] : nothing;
+    }
+    largest = s[i] > largest ? s[i] : largest;
   }
   *maximum = lse != nullptr ? *lse : max_lanes(largest);
-  const bool has_none = *maximum == -kInfinity;
-  const Vec offset = splat(has_none && lse == nullptr ? 0.f : *maximum);
-  Vec total = {};
-  for (int64_t j = 0; j < kScoreBlock; j += kLanes) {
-    const Vec e = has_none && lse != nullptr ? Vec{} : exp(load(p + j) - offset);
-    store(p + j, e);
+  const bool is_empty = *maximum == -kInfinity;
+  const Vec offset = splat(is_empty ? 0.f : *maximum);
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlockVectors; ++i) {
+    const Vec e = is_empty && lse != nullptr ? Vec{} : exp(s[i] - offset);
+    store(p + i * kLanes, e);
     total += e;
   }
   *sum = sum_lanes(total);
@@ -283,30 +286,29 @@ void block_reduce(const ScoreArgs& args, const ScoreSpan& span, int64_t block, c
   const int64_t rest = span.num_keys - block * kScoreBlock, count = rest < kScoreBlock ? rest : kScoreBlock;
   float* scores = args.scores + args.cu_seqlens[span.sequence] + block * kScoreBlock;
   for (int64_t r = 0; r < span.num_rows; ++r) {
-    if (span.visible[r] <= block * kScoreBlock) {
-      const bool is_first = span.last_heads && span.first_rows && r == 0;
-      for (int64_t j = 0; is_first && j < count; ++j) scores[j] = 0.f;
-      continue;
-    }
+    if (span.visible[r] <= block * kScoreBlock) continue;
     float* kept = span.reduced == nullptr ? nullptr : span.reduced + (r * num_blocks + block) * kScoreBlock;
-    for (int64_t j = 0; j < count; j += kLanes) {
-      Vec acc = span.first_heads ? Vec{} : load(kept + j);
-      for (int64_t h = 0; h < heads; ++h) {
-        const int64_t v = h * span.num_rows + r;
-        const Vec value = load(p + v * kScoreBlock + j) * factor[v];
-        acc = !args.max_over_heads ? acc + value : select((value > acc) | (value != value), value, acc);
+    Vec acc[kBlockVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockVectors; ++i) acc[i] = span.first_heads ? Vec{} : load(kept + i * kLanes);
+    for (int64_t v = r; v < heads * span.num_rows; v += span.num_rows) {
+      const float* from = p + v * kScoreBlock;
+      const Vec scale = splat(factor[v]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlockVectors; ++i) {
+        const Vec value = load(from + i * kLanes) * scale;
+        acc[i] = !args.max_over_heads ? acc[i] + value : (value > acc[i]) | (value != value) ? value : acc[i];
       }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockVectors; ++i) {
+      const int64_t j = i * kLanes, lanes = count - j < kLanes ? count - j : kLanes;
       if (!span.last_heads) {
-        store(kept + j, acc);
-        continue;
-      }
-      acc *= span.row_scale;
-      const int64_t lanes = count - j < kLanes ? count - j : kLanes;
-      if (!span.first_rows || r > 0) acc += lanes < kLanes ? load_first(scores + j, lanes) : load(scores + j);
-      if (lanes < kLanes) {
-        store_first(scores + j, acc, lanes);
-      } else {
-        store(scores + j, acc);
+        store(kept + j, acc[i]);
+      } else if (lanes == kLanes) {
+        store(scores + j, load(scores + j) + acc[i] * span.row_scale);
+      } else if (lanes > 0) {
+        store_first(scores + j, load_first(scores + j, lanes) + acc[i] * span.row_scale, lanes);
       }
     }
   }

@@ -135,7 +135,6 @@ void add_sequence(const ScoreArgs& args, int64_t sequence, const std::vector<int
       span.row = row.data() + r;
       span.visible = visible.data() + r;
       span.row_scale = args.head_scale / static_cast<float>(num_rows);
-      span.first_rows = r == 0;
       span.reduced = reduced.get();
       span.first_heads = h == 0;
       span.last_heads = h + head_step >= kv_heads;
