@@ -47,6 +47,7 @@ def cpu_scores(
     num_tokens: int,
     max_seqlen: int,
     head_reduce: str,
+    one_row: bool,
     softmax_scale: float,
 ) -> Tensor:
     # A key's channels are read as vectors; any other stride may be what it is.
