@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lrc_kernels._triton import CompileCase
 from lrc_kernels.token_dropout.triton_scores import (
     attention_column_sums_fwd_kernel,
@@ -16,7 +18,8 @@ from lrc_kernels.token_dropout.triton_scores import (
     score_blocks,
 )
 
-_BLOCKS = score_blocks()
+_BLOCKS = score_blocks(torch.bfloat16)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _POINTERS = {
     **dict.fromkeys(("cu_ptr", "cu_q_ptr", "cu_k_ptr", "position_ptr", "row_sequence_ptr"), "*i32"),
     **dict.fromkeys(("order_ptr", "cu_rows_ptr"), "*i64"),
@@ -31,35 +34,36 @@ _POINTERS = {
 }
 
 
-def _case(name: str, kernel: Any, dtype: str = "fp32", *, tensor_cores: bool = False, **changed: Any) -> CompileCase:
+def _case(name: str, kernel: Any, dtype: str = "fp32", *, matrix: bool = False, **changed: Any) -> CompileCase:
     arguments = {**_POINTERS, "q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", **changed}
     known = {key: value for key, value in arguments.items() if key in kernel.arg_names}
     types = {key: value for key, value in known.items() if key not in changed and value is not None}
     types.update({key: value for key, value in changed.items() if key.endswith("_ptr") and value is not None})
     constants = {key: value for key, value in known.items() if key not in types}
-    return CompileCase(name, kernel, types, constants, num_warps=4, num_stages=3, tensor_cores=tensor_cores)
+    blocks = score_blocks(_DTYPES[dtype])
+    num_warps = blocks.column_warps if "REDUCE" in changed else blocks.num_warps if matrix else 4
+    return CompileCase(name, kernel, types, constants, num_warps, blocks.num_stages if matrix else 3, matrix)
 
 
 def _matrix_cases(name: str, dtype: str, heads: int, kv_heads: int, head_dim: int = 128) -> list[CompileCase]:
-    """The kernels that multiply; fp32 multiplies in full precision, without tensor cores."""
-    tiles = head_tiles(heads, kv_heads, head_dim)
-    fast = dtype != "fp32"
+    """The kernels that multiply."""
+    tiles, blocks = head_tiles(heads, kv_heads, head_dim), score_blocks(_DTYPES[dtype])
     paged = {"table_ptr": "*i32"}
-    keys, apply = {**tiles, "BLOCK_N": _BLOCKS.keys}, {**tiles, "HKV": kv_heads, "BLOCK_N": _BLOCKS.apply_keys}
+    keys, apply = {**tiles, "BLOCK_N": blocks.keys}, {**tiles, "HKV": kv_heads, "BLOCK_N": blocks.apply_keys}
     partial_kernel, apply_kernel = attention_scores_fwd_partial_kernel, attention_scores_fwd_apply_kernel
     columns = {
-        **{"HKV": kv_heads, "G": tiles["G"], "K": head_dim, "BLOCK_M": _BLOCKS.column_rows},
-        **{"BLOCK_N": _BLOCKS.column_keys, "BLOCK_K": tiles["BLOCK_K"], "CAUSAL": True, "MAX": False},
+        **{"HKV": kv_heads, "G": tiles["G"], "K": head_dim, "BLOCK_M": blocks.column_rows},
+        **{"BLOCK_N": blocks.column_keys, "BLOCK_K": tiles["BLOCK_K"], "CAUSAL": True, "MAX": False},
     }
     return [
-        _case(f"scores_partial-{name}", partial_kernel, dtype, tensor_cores=fast, **keys),
-        _case(f"scores_partial-{name}-paged", partial_kernel, dtype, tensor_cores=fast, **keys, **paged),
-        _case(f"scores_partial-{name}-rows", partial_kernel, dtype, tensor_cores=fast, **keys, p_ptr=None),
-        _case(f"scores_apply-{name}", apply_kernel, dtype, tensor_cores=fast, **apply, MAX=False),
-        _case(f"scores_apply-{name}-lse", apply_kernel, dtype, tensor_cores=fast, **apply, MAX=False, inverse_ptr=None),
-        _case(f"column_sums-{name}", attention_column_sums_fwd_kernel, dtype, tensor_cores=fast, **columns,
+        _case(f"scores_partial-{name}", partial_kernel, dtype, matrix=True, **keys),
+        _case(f"scores_partial-{name}-paged", partial_kernel, dtype, matrix=True, **keys, **paged),
+        _case(f"scores_partial-{name}-rows", partial_kernel, dtype, matrix=True, **keys, p_ptr=None),
+        _case(f"scores_apply-{name}", apply_kernel, dtype, matrix=True, **apply, MAX=False),
+        _case(f"scores_apply-{name}-lse", apply_kernel, dtype, matrix=True, **apply, MAX=False, inverse_ptr=None),
+        _case(f"column_sums-{name}", attention_column_sums_fwd_kernel, dtype, matrix=True, **columns,
               REDUCE="sum"),
-        _case(f"column_sums-{name}-mean", attention_column_sums_fwd_kernel, dtype, tensor_cores=fast, **columns,
+        _case(f"column_sums-{name}-mean", attention_column_sums_fwd_kernel, dtype, matrix=True, **columns,
               REDUCE="mean", mask_ptr="*i8"),
     ]  # fmt: skip
 

@@ -27,10 +27,14 @@ class ScoreBlocks(NamedTuple):
     heads: int = 32
     column_rows: int = 64
     column_keys: int = 128
+    num_warps: int = 4
+    column_warps: int = 8
+    num_stages: int = 3
 
 
-def score_blocks() -> ScoreBlocks:
-    return ScoreBlocks()
+def score_blocks(dtype: torch.dtype) -> ScoreBlocks:
+    """fp32 keys are multiplied as three bf16 parts, which need registers and smaller tiles."""
+    return ScoreBlocks(column_rows=32, column_keys=64) if dtype == torch.float32 else ScoreBlocks()
 
 
 @triton.jit
@@ -60,6 +64,55 @@ def _last_position(order_ptr, position_ptr, row_start, row_end):
     for r in range(row_start, row_end):
         last = tl.maximum(last, tl.load(position_ptr + tl.load(order_ptr + r)))
     return last
+
+
+@triton.jit
+def _split(x):
+    """Three bf16 parts whose sum is x to fp32's precision (an infinity becomes NaN)."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _load_keys(k_ptr, k_offset, m_n, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The 16-bit tile of keys; fp32 keys are loaded in pieces by `_dot`, for their parts to fit into registers."""
+    if k_ptr.dtype.element_ty == tl.float32:
+        return m_n
+    else:
+        o_k = tl.arange(0, BLOCK_K)
+        return tl.load(k_ptr + k_offset[:, None] + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _dot(
+    q_ptr, q_offset, m_m, k_ptr, k_offset, m_n, b_k,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """<q_m, k_n> in fp32. fp32 operands as six products of bf16 parts, the smallest first: what is left out lies below
+    fp32's rounding, and the multiply runs on tensor cores."""
+    if k_ptr.dtype.element_ty == tl.float32:
+        PIECE: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for first in range(0, BLOCK_K, PIECE):
+            o_k = first + tl.arange(0, PIECE)
+            m_k = (o_k < K)[None, :]
+            b_q = tl.load(q_ptr + q_offset[:, None] + o_k[None, :], mask=m_m[:, None] & m_k, other=0.0)
+            b_piece = tl.load(k_ptr + k_offset[:, None] + o_k[None, :], mask=m_n[:, None] & m_k, other=0.0)
+            q_high, q_middle, q_low = _split(b_q)
+            k_high, k_middle, k_low = _split(tl.trans(b_piece))
+            acc = tl.dot(q_low, k_high, acc)
+            acc = tl.dot(q_middle, k_middle, acc)
+            acc = tl.dot(q_high, k_low, acc)
+            acc = tl.dot(q_middle, k_high, acc)
+            acc = tl.dot(q_high, k_middle, acc)
+            acc = tl.dot(q_high, k_high, acc)
+        return acc
+    else:
+        o_k = tl.arange(0, BLOCK_K)
+        b_q = tl.load(q_ptr + q_offset[:, None] + o_k[None, :], mask=m_m[:, None] & (o_k < K)[None, :], other=0.0)
+        return tl.dot(b_q, tl.trans(b_k))
 
 
 @triton.jit
@@ -93,16 +146,14 @@ def attention_scores_fwd_partial_kernel(
     end = tl.minimum(length, _last_position(order_ptr, position_ptr, row_start, row_end) + 1)
     if i_block * BLOCK_N < end:
         o_n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        o_k = tl.arange(0, BLOCK_K)
-        m_n, m_k = o_n < end, o_k < K
+        m_n = o_n < end
         offset = _key_offset(table_ptr, i_s, start, o_n, m_n, block_size, max_blocks, stride_k_block, stride_k_token)
-        k_head_ptr = k_ptr + i_h.to(tl.int64) * stride_k_head
-        b_k = tl.load(k_head_ptr + offset[:, None] + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+        offset += i_h.to(tl.int64) * stride_k_head
+        b_k = _load_keys(k_ptr, offset, m_n, K, BLOCK_K)
         for r in range(row_start, row_end, BLOCK_M // BLOCK_G):
             row, group, position, m_m = _load_rows(order_ptr, position_ptr, r, row_end, G, BLOCK_G, BLOCK_M)
             vector = row.to(tl.int64) * HQ + i_h * G + group
-            b_q = tl.load(q_ptr + vector[:, None] * K + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * softmax_scale
+            b_s = _dot(q_ptr, vector * K, m_m, k_ptr, offset, m_n, b_k, K, BLOCK_K, BLOCK_M, BLOCK_N) * softmax_scale
             visible = m_n[None, :] & (o_n[None, :] <= position[:, None])
             b_s = tl.where(visible, b_s, -INFINITY)
             b_max = tl.max(b_s, 1)
@@ -194,20 +245,19 @@ def attention_scores_fwd_apply_kernel(
     end = tl.minimum(length, _last_position(order_ptr, position_ptr, row_start, row_end) + 1)
     if i_block * BLOCK_N < end:
         o_n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        o_k = tl.arange(0, BLOCK_K)
-        m_n, m_k = o_n < end, o_k < K
+        m_n = o_n < end
         offset = _key_offset(table_ptr, i_s, start, o_n, m_n, block_size, max_blocks, stride_k_block, stride_k_token)
         total = tl.zeros([BLOCK_N], tl.float32)
         for r in range(row_start, row_end, ROWS):
             row, group, position, m_m = _load_rows(order_ptr, position_ptr, r, row_end, G, BLOCK_G, BLOCK_M)
             acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
             for i_h in range(HKV):
-                k_tile = k_ptr + offset[:, None] + tl.cast(i_h, tl.int64) * stride_k_head + o_k[None, :]
-                b_k = tl.load(k_tile, mask=m_n[:, None] & m_k[None, :], other=0.0)
+                k_offset = offset + tl.cast(i_h, tl.int64) * stride_k_head
+                b_k = _load_keys(k_ptr, k_offset, m_n, K, BLOCK_K)
                 head = i_h * G + group
-                q_row = q_ptr + (row.to(tl.int64) * HQ + head)[:, None] * K
-                b_q = tl.load(q_row + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * softmax_scale
+                q_offset = (row.to(tl.int64) * HQ + head) * K
+                b_s = _dot(q_ptr, q_offset, m_m, k_ptr, k_offset, m_n, b_k, K, BLOCK_K, BLOCK_M, BLOCK_N)
+                b_s = b_s * softmax_scale
                 at = row.to(tl.int64) * stride_offset_row + head * stride_offset_head
                 base = tl.load(offset_ptr + at, mask=m_m, other=0.0)
                 b_p = tl.exp(b_s - base[:, None])
@@ -219,6 +269,18 @@ def attention_scores_fwd_apply_kernel(
             total += tl.sum(acc, 0)
         scale = head_scale / (row_end - row_start).to(tl.float32)
         tl.store(scores_ptr + start + o_n, total * scale, mask=m_n)
+
+
+@triton.jit
+def _visible(mask_ptr, start_q, o_m, o_n, rows, keys, CAUSAL: tl.constexpr):
+    """Which rows o_m of a sequence see which keys o_n."""
+    m_m = o_m < rows
+    if mask_ptr is not None:
+        m_m = m_m & (tl.load(mask_ptr + start_q + o_m, mask=m_m, other=0) != 0)
+    visible = m_m[:, None] & (o_n < keys)[None, :]
+    if CAUSAL:
+        visible = visible & (o_n[None, :] <= o_m[:, None] + (keys - rows))
+    return visible
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -234,34 +296,32 @@ def attention_column_sums_fwd_kernel(
     rows, keys = tl.load(cu_q_ptr + i_s + 1) - start_q, tl.load(cu_k_ptr + i_s + 1) - start_k
     if i_block * BLOCK_N < keys:
         o_n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        o_k = tl.arange(0, BLOCK_K)
-        m_n, m_k = o_n < keys, o_k < K
+        m_n = o_n < keys
         first = 0
         if CAUSAL:
             first = tl.maximum(0, i_block * BLOCK_N - (keys - rows)) // BLOCK_M * BLOCK_M
+        count = tl.zeros([BLOCK_N], tl.float32)
+        if REDUCE == "mean":
+            for i in range(first, rows, BLOCK_M):
+                o_m = i + tl.arange(0, BLOCK_M)
+                visible = _visible(mask_ptr, start_q, o_m, o_n, rows, keys, CAUSAL)
+                count += tl.sum(visible.to(tl.float32), 0)
         total = tl.zeros([BLOCK_N], tl.float32)
         for head in range(HKV * G):
-            k_tile = (start_k + o_n).to(tl.int64)[:, None] * stride_k_token + o_k[None, :]
-            k_head_ptr = k_ptr + tl.cast(head // G, tl.int64) * stride_k_head
-            b_k = tl.load(k_head_ptr + k_tile, mask=m_n[:, None] & m_k[None, :], other=0.0)
-            acc, count = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+            k_offset = (start_k + o_n).to(tl.int64) * stride_k_token + tl.cast(head // G, tl.int64) * stride_k_head
+            b_k = _load_keys(k_ptr, k_offset, m_n, K, BLOCK_K)
+            acc = tl.zeros([BLOCK_N], tl.float32)
             for i in range(first, rows, BLOCK_M):
                 o_m = i + tl.arange(0, BLOCK_M)
                 m_m = o_m < rows
                 at = (start_q + o_m).to(tl.int64)
-                q_tile = q_ptr + at[:, None] * stride_q_row + tl.cast(head, tl.int64) * stride_q_head + o_k[None, :]
-                b_q = tl.load(q_tile, mask=m_m[:, None] & m_k[None, :], other=0.0)
+                q_offset = at * stride_q_row + tl.cast(head, tl.int64) * stride_q_head
                 b_lse = tl.load(lse_ptr + tl.cast(head, tl.int64) * stride_lse_head + at, mask=m_m, other=0.0)
-                if mask_ptr is not None:
-                    m_m = m_m & (tl.load(mask_ptr + at, mask=m_m, other=0) != 0)
-                visible = m_m[:, None] & m_n[None, :]
-                if CAUSAL:
-                    visible = visible & (o_n[None, :] <= o_m[:, None] + (keys - rows))
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * softmax_scale
+                visible = _visible(mask_ptr, start_q, o_m, o_n, rows, keys, CAUSAL)
+                b_s = _dot(q_ptr, q_offset, m_m, k_ptr, k_offset, m_n, b_k, K, BLOCK_K, BLOCK_M, BLOCK_N)
+                b_s = b_s * softmax_scale
                 b_p = tl.where(visible & (b_lse != -INFINITY)[:, None], tl.exp(b_s - b_lse[:, None]), 0.0)
                 acc = _larger(acc, _max_of(b_p, 0)) if REDUCE == "max" else acc + tl.sum(b_p, 0)
-                if REDUCE == "mean":
-                    count += tl.sum(visible.to(tl.float32), 0)
             if REDUCE == "mean":
                 acc = acc / tl.maximum(count, 1.0)
             total = _larger(total, acc) if MAX else total + acc
@@ -314,7 +374,7 @@ def launch_scores(
     one_row: bool,
     softmax_scale: float,
 ) -> Tensor:
-    q, k, blocks = q.contiguous(), _unit_channel_stride(k), score_blocks()
+    q, k, blocks = q.contiguous(), _unit_channel_stride(k), score_blocks(k.dtype)
     scores = torch.zeros(num_tokens, dtype=torch.float32, device=k.device)
     (rows, heads, head_dim), num_sequences = q.shape, cu_seqlens_k.shape[0] - 1
     if 0 in (rows, num_sequences, max_seqlen):
@@ -341,7 +401,7 @@ def launch_scores(
         offset_strides = (heads, 1)
         attention_scores_fwd_partial_kernel[(num_sequences * num_blocks, k.shape[-2])](
             q, k, table, *shared, p, maximum, total, num_blocks, num_tokens, *paged, *strides, softmax_scale,
-            **tiles, BLOCK_N=blocks.keys,
+            **tiles, BLOCK_N=blocks.keys, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
         attention_scores_fwd_merge_kernel[(rows, heads)](
             cu, row_sequence.contiguous(), position, maximum, total, offset, inverse, num_blocks, HQ=heads,
@@ -357,6 +417,7 @@ def launch_scores(
     attention_scores_fwd_apply_kernel[(num_sequences * num_blocks,)](
         q, k, table, *shared, offset, inverse, scores, num_blocks, *paged, *strides, *offset_strides, softmax_scale,
         head_scale, HKV=k.shape[-2], **tiles, BLOCK_N=blocks.apply_keys, MAX=head_reduce == "max",
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return scores
 
@@ -375,7 +436,7 @@ def launch_column_sums(
     head_reduce: str,
     softmax_scale: float,
 ) -> Tensor:
-    q, k, blocks = _unit_channel_stride(q), _unit_channel_stride(k), score_blocks()
+    q, k, blocks = _unit_channel_stride(q), _unit_channel_stride(k), score_blocks(k.dtype)
     lse = lse if lse.stride(1) == 1 else lse.contiguous()
     out = torch.zeros(k.shape[0], dtype=torch.float32, device=k.device)
     num_sequences, heads = cu_seqlens_k.shape[0] - 1, q.shape[1]
@@ -389,6 +450,6 @@ def launch_column_sums(
         q.stride(1), k.stride(0), k.stride(1), lse.stride(0), softmax_scale,
         1.0 / heads if head_reduce == "mean" else 1.0, HKV=k.shape[1], G=tiles["G"], K=tiles["K"],
         BLOCK_M=blocks.column_rows, BLOCK_N=blocks.column_keys, BLOCK_K=tiles["BLOCK_K"], CAUSAL=causal, REDUCE=reduce,
-        MAX=head_reduce == "max",
+        MAX=head_reduce == "max", num_warps=blocks.column_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return out
