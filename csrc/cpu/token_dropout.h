@@ -76,8 +76,8 @@ struct TokenDropoutKernels {
   void (*scores)(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans);
 };
 
-#define LRC_DECLARE_TOKEN_DROPOUT(isa)                  \
-  namespace isa {                                       \
+#define LRC_DECLARE_TOKEN_DROPOUT(isa)                   \
+  namespace isa {                                        \
   extern const TokenDropoutKernels kTokenDropoutKernels; \
   }
 LRC_DECLARE_TOKEN_DROPOUT(baseline)

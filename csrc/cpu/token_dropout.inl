@@ -98,9 +98,7 @@ struct Product<BFloat16> {
   }
   static Operand load_query(const BFloat16* p) { return load(p); }
   static BFloat16 query(float value) { return {static_cast<uint16_t>(bit_cast<uint32_t>(value) >> 16)}; }
-  static Vec add(Vec acc, Operand a, Operand b) {
-    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(acc), a, b));
-  }
+  static Vec add(Vec acc, Operand a, Operand b) { return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(acc), a, b)); }
 };
 #endif
 
@@ -130,7 +128,8 @@ inline void dot_tile(const T* const* key, const typename Product<T>::Query* q, i
     for (int t = 0; t < kKeys; ++t) {
       const auto k = P::load_first(key[t] + c, head_dim - c);
 #pragma GCC unroll 8
-      for (int m = 0; m < Q; ++m) acc[m * kKeys + t] = P::add(acc[m * kKeys + t], k, P::load_query(q + m * q_stride + c));
+      for (int m = 0; m < Q; ++m)
+        acc[m * kKeys + t] = P::add(acc[m * kKeys + t], k, P::load_query(q + m * q_stride + c));
     }
   }
   const Vec sums = sum_each(acc);
@@ -324,8 +323,11 @@ void block_scores(const ScoreArgs& args, const ScoreSpan& span, int64_t block) {
     const int64_t h = span.first_kv_head * group + v / span.num_rows, r = v % span.num_rows;
     const float* lse = args.lse == nullptr ? nullptr : args.lse + h * args.num_rows + span.row[r];
     const int64_t seen = span.visible[r] - block * kScoreBlock;
-    block_softmax(p + v * kScoreBlock, seen < 0 ? 0 : seen < kScoreBlock ? seen : kScoreBlock, args.softmax_scale, lse,
-                  maximum + v, sum + v);
+    block_softmax(p + v * kScoreBlock,
+                  seen < 0             ? 0
+                  : seen < kScoreBlock ? seen
+                                       : kScoreBlock,
+                  args.softmax_scale, lse, maximum + v, sum + v);
     if (lse != nullptr) maximum[v] = 1.f;
   }
   if (args.lse != nullptr) block_reduce(args, span, block, p, maximum);

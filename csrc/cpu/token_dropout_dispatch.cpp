@@ -57,8 +57,8 @@ void check(const ScoreArgs& args) {
   if (args.keys.block_table != nullptr) {
     check_block_table(args);
   } else {
-    require(args.num_scores <= args.keys.num_tokens, "k must hold " + std::to_string(args.num_scores) +
-                                                         " tokens, got " + std::to_string(args.keys.num_tokens));
+    require(args.num_scores <= args.keys.num_tokens,
+            "k must hold " + std::to_string(args.num_scores) + " tokens, got " + std::to_string(args.keys.num_tokens));
   }
   for (int64_t r = 0; r < args.num_rows; ++r) {
     require(args.row_sequence[r] >= -1 && args.row_sequence[r] < args.num_sequences,

@@ -49,9 +49,7 @@ def _triton(name: str) -> Any:
 
 
 scores_op.implement("reference", reference_scores.scores)
-scores_op.implement(
-    "cpu", native.cpu_scores, supports=native.cpu_supports_scores, available=native.cpu_unavailable
-)
+scores_op.implement("cpu", native.cpu_scores, supports=native.cpu_supports_scores, available=native.cpu_unavailable)
 scores_op.implement("triton", _triton("launch_scores"), supports=_triton("supports_scores"))
 column_sums_op.implement("reference", reference_scores.column_sums)
 column_sums_op.implement("triton", _triton("launch_column_sums"), supports=_triton("supports_column_sums"))

@@ -23,7 +23,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _POINTERS = {
     **dict.fromkeys(("cu_ptr", "cu_q_ptr", "cu_k_ptr", "position_ptr", "row_sequence_ptr"), "*i32"),
     **dict.fromkeys(("order_ptr", "cu_rows_ptr"), "*i64"),
-    **dict.fromkeys(("maximum_ptr", "sum_ptr", "offset_ptr", "inverse_ptr", "scores_ptr", "out_ptr", "lse_ptr"), "*fp32"),
+    **dict.fromkeys(
+        ("maximum_ptr", "sum_ptr", "offset_ptr", "inverse_ptr", "scores_ptr", "out_ptr", "lse_ptr"), "*fp32"
+    ),
     **dict.fromkeys(("num_blocks", "num_tokens", "block_size", "max_blocks"), "i32"),
     **dict.fromkeys(("softmax_scale", "head_scale"), "fp32"),
     **dict.fromkeys(("stride_k_block", "stride_k_token", "stride_k_head", "stride_q_row", "stride_q_head"), "i32"),

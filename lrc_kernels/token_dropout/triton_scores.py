@@ -34,7 +34,11 @@ class ScoreBlocks(NamedTuple):
 
 def score_blocks(dtype: torch.dtype) -> ScoreBlocks:
     """fp32 keys are multiplied as three bf16 parts, which need registers and smaller tiles."""
-    return ScoreBlocks(column_rows=32, column_keys=64, apply_keys=64, num_stages=2) if dtype == torch.float32 else ScoreBlocks()
+    return (
+        ScoreBlocks(column_rows=32, column_keys=64, apply_keys=64, num_stages=2)
+        if dtype == torch.float32
+        else ScoreBlocks()
+    )
 
 
 @triton.jit

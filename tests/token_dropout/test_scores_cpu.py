@@ -55,9 +55,7 @@ def isa(request):
 )
 def test_scores(lengths, positions, heads, head_dim, options, block_size, dtype, isa, seed):
     rows = [(s % len(lengths), p) for s, p in positions]
-    q, k, where = make_pack(
-        lengths, rows, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype, seed=seed
-    )
+    q, k, where = make_pack(lengths, rows, heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype, seed=seed)
     named = {"head_reduce": options[0], "query_reduce": options[1]}
     _C.set_cpu_isa(isa)
     result = attention_scores(q, k, **where, **named)
@@ -130,7 +128,9 @@ def test_large_logits_and_an_lse_of_any_size(isa):
     assert_close(result, eager_scores(q * 1000, k, **where), eager_scores(q * 1000, k, **where, dtype=torch.float32))
     shifted = attention_scores(q * 0, k, lse=torch.tensor([[80.0], [-80.0], [-torch.inf], [torch.inf]]), **where)
     assert_close(
-        shifted, torch.full((300,), (torch.e**80 + torch.e**-80) / 4, dtype=torch.float64), torch.full((300,), 5.54062238439351e34 / 4)
+        shifted,
+        torch.full((300,), (torch.e**80 + torch.e**-80) / 4, dtype=torch.float64),
+        torch.full((300,), 5.54062238439351e34 / 4),
     )
 
 
@@ -165,7 +165,7 @@ from lrc_kernels import VarlenLayout, backend
 from lrc_kernels.token_dropout import attention_scores
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-tokens, (heads, kv_heads) = 131072, {heads}
+tokens, heads, kv_heads = 131072, 32, 8
 k = torch.empty(tokens, kv_heads, 128, dtype=torch.bfloat16)
 some = torch.randn(1024, kv_heads, 128)
 for rows in k.split(1024):
@@ -180,10 +180,8 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("heads", [(32, 8), (28, 4)])
-def test_peak_memory_is_a_few_megabytes_over_the_keys(heads):
+def test_peak_memory_is_a_few_megabytes_over_the_keys():
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    program = PROGRAM.format(heads=heads)
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) <= 8 * 2**20
