@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores for token dropout at the sizes of the real models, beside eager torch and a plain read of the keys.
 
-Bytes are those of K, read once: q, and the scores, are small beside it. Lengths are those of 512, 1,000, 3,000 and 10,000
-frames at 16 tokens each.
+Bytes are those of K, read once: q, and the scores, are small beside it. Lengths are those of 512, 1,000, 3,000 and
+10,000 frames at 16 tokens each.
 """
 
 from __future__ import annotations

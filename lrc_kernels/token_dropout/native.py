@@ -56,6 +56,7 @@ def cpu_scores(
     row_sequence, row_position = row_sequence.int().contiguous(), row_position.int().contiguous()
     lse = None if lse is None else lse.contiguous()
     table = None if block_table is None else block_table.int().contiguous()
+    strides: tuple[int, ...]
     if table is None:
         strides, sizes = (0, k.stride(0), k.stride(1)), (0, 0, 0, k.shape[0])
     else:

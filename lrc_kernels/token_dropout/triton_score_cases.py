@@ -54,8 +54,14 @@ def _matrix_cases(name: str, dtype: str, heads: int, kv_heads: int, head_dim: in
     keys, apply = {**tiles, "BLOCK_N": blocks.keys}, {**tiles, "HKV": kv_heads, "BLOCK_N": blocks.apply_keys}
     partial_kernel, apply_kernel = attention_scores_fwd_partial_kernel, attention_scores_fwd_apply_kernel
     columns = {
-        **{"HKV": kv_heads, "G": tiles["G"], "K": head_dim, "BLOCK_M": blocks.column_rows},
-        **{"BLOCK_N": blocks.column_keys, "BLOCK_K": tiles["BLOCK_K"], "CAUSAL": True, "MAX": False},
+        "HKV": kv_heads,
+        "G": tiles["G"],
+        "K": head_dim,
+        "BLOCK_M": blocks.column_rows,
+        "BLOCK_N": blocks.column_keys,
+        "BLOCK_K": tiles["BLOCK_K"],
+        "CAUSAL": True,
+        "MAX": False,
     }
     return [
         _case(f"scores_partial-{name}", partial_kernel, dtype, matrix=True, **keys),
@@ -71,7 +77,7 @@ def _matrix_cases(name: str, dtype: str, heads: int, kv_heads: int, head_dim: in
 
 
 def _reduce_case(name: str, heads: int, largest: bool) -> CompileCase:
-    tiles = {"HQ": heads, "BLOCK_H": _BLOCKS.heads, "BLOCK_N": _BLOCKS.keys, "MAX": largest}
+    tiles: dict[str, Any] = {"HQ": heads, "BLOCK_H": _BLOCKS.heads, "BLOCK_N": _BLOCKS.keys, "MAX": largest}
     return _case(f"scores_reduce-{name}", attention_scores_fwd_reduce_kernel, **tiles)
 
 

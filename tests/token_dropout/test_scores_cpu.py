@@ -151,9 +151,9 @@ def test_offsets_past_two_billion_elements(isa):
 
 
 def test_native_refuses_what_does_not_fit():
+    rows, cu = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    where = (rows.data_ptr(), rows.data_ptr(), 0, False, 1.0, 1.0, 0, 0)
     with pytest.raises(ValueError, match=r"row_sequence must lie in \[-1, 0\), got 1"):
-        rows, cu = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-        where = (rows.data_ptr(), rows.data_ptr(), 0, False, 1.0, 1.0, 0, 0)
         _C.attention_scores(0, 1, 1, 0, 0, 1, 1, (0, 0, 0), 0, (0, 0, 0, 0), cu.data_ptr(), 0, *where)
     with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads, got 3 and 2"):
         _C.attention_scores(0, 0, 3, 0, 0, 2, 1, (0, 0, 0), 0, (0, 0, 0, 0), 0, 0, 0, 0, 0, False, 1.0, 1.0, 0, 0)
