@@ -5,10 +5,12 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/select_tokens.h"
+#include "cpu/token_dropout.h"
 #include "cpu/tome.h"
 #ifdef LRC_WITH_CUDA
 #include "lrc/attention.h"
@@ -113,6 +115,24 @@ void select_tokens_bernoulli(uintptr_t droppable, uintptr_t cu_seqlens, int64_t 
                                      threads});
 }
 
+void attention_scores(uintptr_t q, int64_t num_rows, int64_t num_heads, uintptr_t k, int dtype, int64_t num_kv_heads,
+                      int64_t head_dim, const std::array<int64_t, 3>& strides, uintptr_t block_table,
+                      const std::array<int64_t, 4>& sizes, uintptr_t cu_seqlens, int64_t num_sequences,
+                      uintptr_t row_sequence, uintptr_t row_position, uintptr_t lse, bool max_over_heads,
+                      float head_scale, float softmax_scale, uintptr_t scores, int64_t num_scores, int threads) {
+  lrc::cpu::ScoreKeys keys;
+  keys.k = pointer<void>(k);
+  keys.dtype = static_cast<lrc::DType>(dtype);
+  keys.num_kv_heads = num_kv_heads;
+  keys.head_dim = head_dim;
+  std::tie(keys.block_stride, keys.token_stride, keys.head_stride) = std::tuple_cat(strides);
+  std::tie(keys.num_blocks, keys.block_size, keys.max_blocks, keys.num_tokens) = std::tuple_cat(sizes);
+  keys.block_table = pointer<int32_t>(block_table);
+  lrc::cpu::attention_scores({pointer<float>(q), num_rows, num_heads, keys, pointer<int64_t>(cu_seqlens), num_sequences,
+                              pointer<int32_t>(row_sequence), pointer<int32_t>(row_position), pointer<float>(lse),
+                              max_over_heads, head_scale, softmax_scale, pointer<float>(scores), num_scores, threads});
+}
+
 #ifdef LRC_WITH_CUDA
 void cuda_tome_head_mean(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens,
                          int64_t num_heads, uintptr_t metric, uintptr_t stream) {
@@ -180,7 +200,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isas",
       [] {
         py::list names;
-        for (const auto isa : {lrc::cpu::Isa::kBaseline, lrc::cpu::Isa::kAvx2, lrc::cpu::Isa::kAvx512}) {
+        using lrc::cpu::Isa;
+        for (const auto isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
           if (lrc::cpu::isa_supported(isa)) names.append(lrc::cpu::isa_name(isa));
         }
         return names;
@@ -212,6 +233,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("seed"), py::arg("layer"), py::arg("sequence_ids"), py::arg("positions"), py::arg("num_sequences"),
         py::arg("capacity"), py::arg("threshold"), py::arg("indices"), py::arg("inverse"), py::arg("cu_seqlens_out"),
         py::arg("num_wanted"), py::arg("threads") = 1);
+  m.def("attention_scores", &attention_scores, NoGil(), py::arg("q"), py::arg("num_rows"), py::arg("num_heads"),
+        py::arg("k"), py::arg("dtype"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("strides"),
+        py::arg("block_table"), py::arg("sizes"), py::arg("cu_seqlens"), py::arg("num_sequences"),
+        py::arg("row_sequence"), py::arg("row_position"), py::arg("lse"), py::arg("max_over_heads"),
+        py::arg("head_scale"), py::arg("softmax_scale"), py::arg("scores"), py::arg("num_scores"),
+        py::arg("threads") = 1);
 #ifdef LRC_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_device_status", &lrc::device_status,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native module: addresses of tensors in (`Tensor.data_ptr()`), nothing out. csrc/cpu/tome.h says what each is."""
+"""The native module: addresses of tensors in (`Tensor.data_ptr()`), nothing out. csrc/cpu/*.h say what each is."""
 
 TokenRows = tuple[int, ...] | list[int]
 
@@ -87,6 +87,29 @@ def select_tokens_bernoulli(
     inverse: int,
     cu_seqlens_out: int,
     num_wanted: int,
+    threads: int = 1,
+) -> None: ...
+def attention_scores(
+    q: int,
+    num_rows: int,
+    num_heads: int,
+    k: int,
+    dtype: int,
+    num_kv_heads: int,
+    head_dim: int,
+    strides: tuple[int, ...],
+    block_table: int,
+    sizes: tuple[int, ...],
+    cu_seqlens: int,
+    num_sequences: int,
+    row_sequence: int,
+    row_position: int,
+    lse: int,
+    max_over_heads: bool,
+    head_scale: float,
+    softmax_scale: float,
+    scores: int,
+    num_scores: int,
     threads: int = 1,
 ) -> None: ...
 def cuda_device_status() -> str | None: ...

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every shipped kernel for GPUs that need not be here, and holds the result to tests/compile/budgets.toml.
 
-In: the COMPILE_CASES of each triton_cases.py, and csrc/**/*.cu where nvcc (or a built _C module with CUDA) is found.
+In: the COMPILE_CASES of each triton_*cases.py, and csrc/**/*.cu where nvcc (or a built _C module with CUDA) is found.
 Out: a table of registers, spills, shared memory and matrix instructions; exit code 1 where one exceeds its budget.
 `--update` writes the register limits anew.
 """
@@ -48,7 +48,7 @@ def load_modules(paths: list[Path]) -> dict[str, ModuleType]:
     """The modules that hold COMPILE_CASES: those of the package, or the files named on the command line."""
     sys.path.insert(0, str(ROOT))
     modules = {}
-    for path in paths or sorted((ROOT / "lrc_kernels").glob("*/triton_cases.py")):
+    for path in paths or sorted((ROOT / "lrc_kernels").glob("*/triton_*cases.py")):
         if paths:
             spec = importlib.util.spec_from_file_location(path.stem, path)
             assert spec is not None and spec.loader is not None

@@ -3,20 +3,20 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/check.h"
 #include "cpu/isa.h"
 #include "cpu/tome.h"
 
 namespace lrc::cpu {
 namespace {
 
-constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 Isa best_isa() {
-  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2}) {
+  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
     if (isa_supported(isa)) return isa;
   }
   return Isa::kBaseline;
@@ -29,19 +29,10 @@ std::atomic<Isa>& current_isa() {
 
 const TomeKernels& tome_kernels() {
 #ifdef LRC_X86
-  if (active_isa() == Isa::kAvx512) return avx512::kTomeKernels;
+  if (active_isa() >= Isa::kAvx512) return avx512::kTomeKernels;
   if (active_isa() == Isa::kAvx2) return avx2::kTomeKernels;
 #endif
   return baseline::kTomeKernels;
-}
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-void check_dtype(DType dtype) {
-  require(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
-          "dtype must be 0 (fp32), 1 (bf16) or 2 (fp16), got " + std::to_string(static_cast<int>(dtype)));
 }
 
 void check_rows(const TokenRows& rows, int64_t num_tokens) {
@@ -50,28 +41,11 @@ void check_rows(const TokenRows& rows, int64_t num_tokens) {
           "num_tokens must be >= 0 and frames not empty, got " + std::to_string(num_tokens) + " tokens");
 }
 
-void check_threads(int threads) {
-  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
-}
-
 void check_assign(const int32_t* assign, int64_t num_tokens, int64_t num_out) {
   for (int64_t i = 0; i < num_tokens; ++i) {
     require(assign[i] >= 0 && assign[i] < num_out, "assign must lie in [0, " + std::to_string(num_out) + "), got " +
                                                        std::to_string(assign[i]) + " for token " + std::to_string(i));
   }
-}
-
-int64_t check_cu_seqlens(const char* name, const int64_t* cu_seqlens, int64_t num_segments, int64_t total) {
-  int64_t longest = 0;
-  require(cu_seqlens[0] >= 0, std::string(name) + " must start at 0, got " + std::to_string(cu_seqlens[0]));
-  for (int64_t s = 0; s < num_segments; ++s) {
-    const int64_t n = cu_seqlens[s + 1] - cu_seqlens[s];
-    require(n >= 0, std::string(name) + " must not decrease, but does after segment " + std::to_string(s));
-    longest = std::max(longest, n);
-  }
-  require(cu_seqlens[num_segments] <= total, std::string(name) + " must end within " + std::to_string(total) +
-                                                 " rows, got " + std::to_string(cu_seqlens[num_segments]));
-  return longest;
 }
 
 }  // namespace
@@ -83,8 +57,10 @@ bool isa_supported(Isa isa) {
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                   __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   if (isa == Isa::kAvx2) return v3;
-  return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return v4 && (isa == Isa::kAvx512 || __builtin_cpu_supports("avx512bf16"));
 #else
   return false;
 #endif
@@ -99,13 +75,13 @@ const char* isa_name(Isa isa) {
 }
 
 void set_isa(const char* name) {
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (std::string(name) != isa_name(isa)) continue;
     require(isa_supported(isa), "isa must be one that this machine and build support, got " + std::string(name));
     current_isa().store(isa, std::memory_order_relaxed);
     return;
   }
-  throw std::invalid_argument("isa must be baseline, avx2 or avx512, got " + std::string(name));
+  throw std::invalid_argument("isa must be baseline, avx2, avx512 or avx512_bf16, got " + std::string(name));
 }
 
 void rank_rows(const float* score, const uint8_t* is_protected, int32_t* order, int64_t n) {

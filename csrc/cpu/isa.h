@@ -4,7 +4,7 @@
 
 namespace lrc::cpu {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 Isa active_isa();
 const char* isa_name(Isa isa);

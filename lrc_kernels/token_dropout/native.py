@@ -21,6 +21,48 @@ _MOST_MOVES = 8
 _TILE = 131072
 
 
+def cpu_supports_scores(q: Tensor, k: Tensor, *rest: Any) -> str | None:
+    if k.dtype in DTYPES:
+        return None
+    return f"k must be fp32, bf16 or fp16, got {str(k.dtype).removeprefix('torch.')}"
+
+
+def cpu_scores(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_k: Tensor,
+    row_sequence: Tensor,
+    row_position: Tensor,
+    block_table: Tensor | None,
+    lse: Tensor | None,
+    num_tokens: int,
+    max_seqlen: int,
+    head_reduce: str,
+    one_row: bool,
+    softmax_scale: float,
+) -> Tensor:
+    # A key's channels are read as vectors; any other stride may be what it is.
+    k = k if k.stride(-1) == 1 or k.shape[-1] == 1 else k.contiguous()
+    q, cu_seqlens = q.float().contiguous(), cu_seqlens_k.to(torch.int64).contiguous()
+    row_sequence, row_position = row_sequence.int().contiguous(), row_position.int().contiguous()
+    lse = None if lse is None else lse.contiguous()
+    table = None if block_table is None else block_table.int().contiguous()
+    strides: tuple[int, ...]
+    if table is None:
+        strides, sizes = (0, k.stride(0), k.stride(1)), (0, 0, 0, k.shape[0])
+    else:
+        strides, sizes = k.stride()[:3], (k.shape[0], k.shape[1], table.shape[1], 0)
+    scores = torch.empty(num_tokens, dtype=torch.float32)
+    C.attention_scores(
+        *(q.data_ptr(), q.shape[0], q.shape[1], k.data_ptr(), DTYPES[k.dtype], k.shape[-2], k.shape[-1], strides),
+        *(0 if table is None else table.data_ptr(), sizes, cu_seqlens.data_ptr(), cu_seqlens.numel() - 1),
+        *(row_sequence.data_ptr(), row_position.data_ptr(), 0 if lse is None else lse.data_ptr()),
+        *(head_reduce == "max", 1.0 / q.shape[1] if head_reduce == "mean" else 1.0, softmax_scale),
+        *(scores.data_ptr(), num_tokens, torch.get_num_threads()),
+    )
+    return scores
+
+
 def cpu_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> list[Tensor]:
     """`reference.move_rows` by torch's gathers, which copy rows at the speed of memory."""
     whole = index.numel() == 0 or int(index.min()) >= 0

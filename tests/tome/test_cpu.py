@@ -447,6 +447,6 @@ def test_a_plan_that_does_not_fit_is_refused(random):
 
 
 def test_instruction_set_is_checked():
-    with pytest.raises(ValueError, match="baseline, avx2 or avx512, got sse9"):
+    with pytest.raises(ValueError, match="baseline, avx2, avx512 or avx512_bf16, got sse9"):
         _C.set_cpu_isa("sse9")
     assert native.cpu_isa() == _C.cpu_isa() and native.cpu_isa() in ISAS
