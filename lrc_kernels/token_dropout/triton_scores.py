@@ -34,11 +34,7 @@ class ScoreBlocks(NamedTuple):
 
 def score_blocks(dtype: torch.dtype) -> ScoreBlocks:
     """fp32 keys are multiplied as three bf16 parts, which need registers and smaller tiles."""
-    return (
-        ScoreBlocks(column_rows=32, column_keys=64, apply_keys=64, num_stages=2)
-        if dtype == torch.float32
-        else ScoreBlocks()
-    )
+    return ScoreBlocks(apply_keys=16, column_rows=32, column_keys=64) if dtype == torch.float32 else ScoreBlocks()
 
 
 @triton.jit
