@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LRCModel: frames -> ViT -> token merging -> connector -> language model with token dropout -> loss, or new words.
+
+In: a PackedBatch. Out: an Output with the loss, or the ids of generated words. This file reads as the data flows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc_kernels.checks import check_int
+from lrc_kernels.layout import VarlenLayout
+from lrc_kernels.packing import PackedBatch
+from lrc_kernels.token_dropout import DropoutSchedule
+from lrc_model.cache import KVCache
+from lrc_model.config import LRCConfig
+from lrc_model.connector import Connector, encode_clips, place_visual_tokens
+from lrc_model.generate import PREFILL_CHUNK, decode_step, prefill
+from lrc_model.language import Drop, LanguageModel, PackedRows
+from lrc_model.losses import chunked_cross_entropy
+from lrc_model.vision import VisionEncoder
+
+INITIALIZER_RANGE = 0.02
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `LRCModel.forward` returns.
+
+    Attributes:
+        loss: fp32 scalar, sum over rows of loss_weight * cross-entropy.
+        loss_parts: each term of the loss, detached, by name.
+        hidden: [T', D] normalised hidden states of the rows that token dropout left.
+        rows: what travels with them; `rows.layout` says whose they are.
+        logits: fp32 [T', V] with `return_logits`, else None.
+    """
+
+    loss: Tensor
+    loss_parts: dict[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    rows: PackedRows | None = None
+    logits: Tensor | None = None
+
+
+class LRCModel(nn.Module):
+    """InternVideo2.5: InternViT, connector with token merging, InternLM2.5 with token dropout.
+
+    Args:
+        config: all sizes.
+        vision_model, connector, language_model: the parts, of one dtype on one device.
+    """
+
+    def __init__(
+        self, config: LRCConfig, vision_model: VisionEncoder, connector: Connector, language_model: LanguageModel
+    ):
+        super().__init__()
+        self.config = config
+        self.vision_model = vision_model
+        self.connector = connector
+        self.language_model = language_model
+        self.schedule = dropout_schedule(config)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LRCConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> LRCModel:
+        """A model with random weights, drawn on its device, so that 8 billion of them take seconds on a GPU."""
+        vision = VisionEncoder(config.vision, seed=seed, dtype=dtype).to(device)
+        with torch.device("meta"):
+            connector, language = Connector(config).to(dtype), LanguageModel(config.text).to(dtype)
+        generator = torch.Generator(device).manual_seed(seed)
+        for module in (connector, language):
+            module.to_empty(device=device)
+            for name, parameter in module.named_parameters():
+                with torch.no_grad():
+                    if "norm" in name:
+                        parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                    elif name.endswith("bias"):
+                        parameter.zero_()
+                    else:
+                        parameter.normal_(std=INITIALIZER_RANGE, generator=generator)
+        return cls(config, vision, connector, language).eval()
+
+    def embed(self, batch: PackedBatch, *, chunk_clips: int = 4) -> Tensor:
+        """[T, D]: the embeddings of all words, with the merged features of the clips at the visual tokens. Autograd."""
+        x = self.language_model.embed(batch.input_ids)
+        if not len(batch.visual_index):
+            return x
+        clips = encode_clips(self.vision_model, self.connector, batch.frames, chunk_clips=chunk_clips)
+        visual = torch.zeros_like(batch.droppable).index_fill(0, batch.visual_index, True)
+        return place_visual_tokens(x, visual, clips.tokens, num_visual_tokens=len(batch.visual_index))
+
+    def forward(
+        self, batch: PackedBatch, *, return_logits: bool = False, seed: int = 0, recompute: bool = False
+    ) -> Output:
+        """The loss of a pack, computed without the logits of all its rows. Autograd.
+
+        Args:
+            batch: on the model's device.
+            return_logits: also compute the logits of all rows that are left; for tests and short packs.
+            seed: of random drops; the same seed drops the same tokens of a sample wherever it is packed.
+            recompute: keep only the inputs of layers and clips, and compute the rest again in the backward.
+
+        Raises:
+            ValueError: frames, visual tokens or lengths that do not fit each other.
+        """
+        rows = PackedRows.of(
+            batch.layout,
+            position_ids=batch.position_ids,
+            droppable=batch.droppable,
+            targets=batch.targets,
+            loss_weight=batch.loss_weight,
+            sequence_ids=batch.sample_ids,
+        )
+        drops = self.drops(batch.layout, batch.num_droppable, rows, seed)
+        hidden, rows = self.language_model(self.embed(batch), rows, drops, recompute=recompute)
+        assert rows.targets is not None and rows.loss_weight is not None
+        text_loss = chunked_cross_entropy(
+            hidden, self.language_model.lm_head.weight, rows.targets, rows.loss_weight, num_targets=batch.num_targets
+        )
+        logits = self.language_model.logits(hidden) if return_logits else None
+        return Output(text_loss, {"text": text_loss.detach()}, hidden, rows, logits)
+
+    def drops(
+        self, layout: VarlenLayout, num_droppable: tuple[int, ...], rows: PackedRows, seed: int
+    ) -> tuple[Drop, ...]:
+        """The drops of a pack, whose sizes the host decides. A Bernoulli drop reads which tokens are droppable."""
+        given: dict[str, Any] = {}
+        if "bernoulli" in self.schedule.kinds:
+            assert rows.droppable is not None
+            ids = None if rows.sequence_ids is None else rows.sequence_ids.cpu()
+            given = {"droppable": rows.droppable.cpu(), "seed": seed, "sequence_ids": ids}
+        budgets = self.schedule.plan(layout, num_droppable, **given)
+        return tuple(Drop(budget, mode, seed) for budget, mode in zip(budgets, self.schedule.modes, strict=True))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: PackedBatch,
+        *,
+        max_new_tokens: int,
+        use_cache: bool = True,
+        stop_ids: Collection[int] = (),
+        seed: int = 0,
+        chunk: int = PREFILL_CHUNK,
+        on_token: Callable[[list[int]], None] | None = None,
+    ) -> list[Tensor]:
+        """Greedy decoding of every sequence of a pack of prompts.
+
+        Args:
+            batch: prompts, on the model's device.
+            max_new_tokens: at most so many words each.
+            use_cache: False computes every word again from all words, with the same selection of visual tokens.
+            stop_ids: words that end a sequence; they are not part of the result.
+            chunk: rows of a prompt that are in flight at a time.
+            on_token: called after each step with one new word per sequence, -1 for a sequence that has ended.
+
+        Returns:
+            int64 ids of the new words of each sequence, on the CPU.
+
+        Raises:
+            ValueError: an empty prompt. RuntimeError: logits that are not finite, which no word can be chosen by.
+        """
+        check_int("max_new_tokens", max_new_tokens, minimum=0)
+        if min(batch.layout.lengths, default=0) == 0:
+            raise ValueError(f"batch must hold prompts of at least one token, got lengths {batch.layout.lengths}")
+        x = self.embed(batch)
+        reader = _CachedReader(self, max_new_tokens, chunk) if use_cache else _Recomputer(self)
+        hidden = torch.cat([reader.read(x[part], rows, seed) for part, rows in _prompts(batch)])
+        words: list[list[int]] = [[] for _ in range(batch.layout.num_sequences)]
+        ended = [False] * len(words)
+        for step in range(max_new_tokens):
+            new = self._choose(hidden)
+            for index, word in enumerate(new):
+                ended[index] = ended[index] or word in stop_ids
+                if not ended[index]:
+                    words[index].append(word)
+            if on_token is not None:
+                on_token([-1 if over else word for word, over in zip(new, ended, strict=True)])
+            if all(ended) or step + 1 == max_new_tokens:
+                break
+            hidden = reader.step(self.language_model.embed(torch.tensor(new, device=x.device)))
+        return [torch.tensor(sequence, dtype=torch.int64) for sequence in words]
+
+    def _choose(self, hidden: Tensor) -> list[int]:
+        logits = self.language_model.logits(hidden)
+        best = torch.where(logits.isfinite().all(1), logits.argmax(1), -1).tolist()
+        if -1 in best:
+            raise RuntimeError(
+                f"the logits of sequence {best.index(-1)} are not finite: check the weights and the dtype (fp16 "
+                "overflows where bf16 does not)"
+            )
+        return best
+
+
+def dropout_schedule(config: LRCConfig) -> DropoutSchedule:
+    """The schedule of a configuration; `DropoutSchedule.none()` where token dropout is off."""
+    if config.dropout is None:
+        return DropoutSchedule.none()
+    schedule = DropoutSchedule(
+        config.dropout.layers, config.dropout.keep_ratios, config.dropout.kinds, config.dropout.positions
+    )
+    schedule.validate(config.text.num_layers)
+    return schedule
+
+
+def _prompts(batch: PackedBatch) -> list[tuple[slice, PackedRows]]:
+    """Each prompt of a pack: where it lies, and its rows. Its last row asks the question and is never dropped."""
+    offsets = [0, *torch.tensor(batch.layout.lengths).cumsum(0).tolist()]
+    prompts = []
+    for index, (start, end) in enumerate(pairwise(offsets)):
+        droppable = batch.droppable[start:end].clone()
+        droppable[-1] = False
+        rows = PackedRows.of(
+            VarlenLayout([end - start], batch.input_ids.device),
+            position_ids=batch.position_ids[..., start:end],
+            droppable=droppable,
+            sequence_ids=batch.sample_ids[index : index + 1],
+        )
+        prompts.append((slice(start, end), rows))
+    return prompts
+
+
+def _drops_of(model: LRCModel, rows: PackedRows, seed: int) -> tuple[Drop, ...]:
+    assert rows.droppable is not None
+    return model.drops(rows.layout, (int(rows.droppable.sum()),), rows, seed)
+
+
+class _CachedReader:
+    """Prompts into a cache, then one row of each at a time."""
+
+    def __init__(self, model: LRCModel, max_new_tokens: int, chunk: int):
+        self.model, self.max_new_tokens, self.chunk = model, max_new_tokens, chunk
+        self.cache = KVCache(model.config.text.num_layers)
+        self.positions: list[Tensor] = []
+        self.lengths: list[int] = []
+        renumbers = model.schedule.positions == "renumber" and model.schedule.layers
+        self.renumbered_from = model.schedule.layers[0] if renumbers else None
+
+    def read(self, x: Tensor, rows: PackedRows, seed: int) -> Tensor:
+        self.positions.append(rows.position_ids[-1:])
+        self.lengths.append(rows.layout.num_tokens)
+        drops = _drops_of(self.model, rows, seed)
+        return prefill(
+            self.model.language_model,
+            x,
+            rows,
+            drops,
+            self.cache,
+            sequence=self.cache.add_sequence(),
+            chunk=self.chunk,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def step(self, x: Tensor) -> Tensor:
+        self.positions = [position + 1 for position in self.positions]
+        return decode_step(
+            self.model.language_model,
+            x,
+            self.cache,
+            position=torch.cat(self.positions),
+            prefill_length=torch.tensor(self.lengths, device=x.device),
+            renumbered_from=self.renumbered_from,
+        )
+
+
+class _Recomputer:
+    """Every word again from all words; the last row of the prompt goes on selecting."""
+
+    def __init__(self, model: LRCModel):
+        self.model = model
+        self.sequences: list[tuple[Tensor, PackedRows, int]] = []
+
+    def read(self, x: Tensor, rows: PackedRows, seed: int) -> Tensor:
+        self.sequences.append((x, rows, seed))
+        return self._last(len(self.sequences) - 1)
+
+    def step(self, x: Tensor) -> Tensor:
+        for index, (before, rows, seed) in enumerate(self.sequences):
+            self.sequences[index] = (torch.cat([before, x[index : index + 1]]), rows, seed)
+        return torch.cat([self._last(index) for index in range(len(self.sequences))])
+
+    def _last(self, index: int) -> Tensor:
+        x, prompt, seed = self.sequences[index]
+        total, length = x.shape[0], prompt.layout.num_tokens
+        row = torch.arange(total, device=x.device)
+        new = row[length:] - length
+        assert prompt.droppable is not None
+        rows = replace(
+            PackedRows.of(VarlenLayout([total], x.device), sequence_ids=prompt.sequence_ids),
+            position_ids=torch.cat([prompt.position_ids, prompt.position_ids[-1:] + 1 + new]),
+            prefill_length=prompt.prefill_length,
+            droppable=torch.cat([prompt.droppable, torch.zeros_like(new, dtype=torch.bool)]),
+            targets=torch.where(row < length - 1, -100, 0),
+        )
+        hidden, _ = self.model.language_model(x, rows, _drops_of(self.model, rows, seed))
+        return hidden[-1:]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole model: a pack against its samples, steps that learn, generation with and without a cache, bad input."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lrc_kernels.backend import record
+from lrc_kernels.packing import Sample, pack_samples
+from lrc_model.config import DropoutConfig, tiny
+from lrc_model.model import LRCModel
+
+DROPOUTS = {
+    "none": None,
+    "paper": DropoutConfig((1, 2, 3), (0.5, 0.25, 0.125), ("bernoulli", "attention", "attention")),
+    "videochat_flash": DropoutConfig((1, 3), (0.75, 0.25), ("linspace", "attention"), "renumber"),
+}
+
+
+def make_model(dropout="none", dtype=torch.float32, **changed):
+    config = tiny().override({"dropout": DROPOUTS[dropout], **changed})
+    model = LRCModel.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    return model
+
+
+def make_sample(num_frames, sample_id, length=14, labelled=True):
+    """A prompt of `length` words with one visual token per frame behind the second word, and an answer at its end."""
+    random = torch.Generator().manual_seed(sample_id)
+    n = length + num_frames
+    visual = torch.zeros(n, dtype=torch.bool)
+    visual[2 : 2 + num_frames] = True
+    labels = torch.full((n,), -100)
+    labels[-4:] = torch.randint(0, 250, (4,), generator=random)
+    frames = torch.randint(0, 256, (num_frames, 3, 56, 56), generator=random).to(torch.uint8)
+    return Sample(
+        input_ids=torch.randint(0, 250, (n,), generator=random),
+        visual=visual,
+        frames=frames if num_frames else None,
+        labels=labels if labelled else None,
+        sample_id=sample_id,
+    )
+
+
+def pack(*sizes, **options):
+    return pack_samples([make_sample(n, 11 + i, **options) for i, n in enumerate(sizes)], clip_frames=4)
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS)
+def test_a_pack_is_its_samples(dropout):
+    model = make_model(dropout)
+    whole = model(pack(8, 0, 24, 16))
+    weights = [4 / 16] * 4
+    parts = [
+        model(pack_samples([make_sample(n, 11 + i)], clip_frames=4)).loss * w
+        for i, (n, w) in enumerate(zip((8, 0, 24, 16), weights, strict=True))
+    ]
+    assert abs(whole.loss - sum(parts)) <= 1e-6 * abs(whole.loss)
+    assert whole.loss_parts["text"] == whole.loss
+    fewer = whole.rows.layout.num_tokens < 4 * 14 + 48
+    assert fewer == (dropout != "none")
+
+
+def test_the_kernels_are_in_the_path():
+    model = make_model("paper")
+    with record() as ran:
+        model(pack(8, 16)).loss.backward()
+    names = {name for name, _ in ran}
+    assert names >= {"tome_plan_fwd", "tome_merge_fwd", "tome_gather_fwd", "attention_fwd", "attention_bwd"}
+    assert names >= {"attention_scores_fwd", "select_tokens_fwd", "drop_tokens_fwd"}
+    assert {backend for name, backend in ran if name.startswith(("tome_", "attention_"))} == {"cpu"}
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS)
+def test_recomputation_changes_no_gradient(dropout):
+    model = make_model(dropout)
+    gradients = []
+    for recompute in (False, True):
+        model.zero_grad()
+        model(pack(8, 16), recompute=recompute).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert {name.split(".")[0] for name in gradients[0]} == {"vision_model", "connector", "language_model"}
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]) and gradient.isfinite().all(), name
+
+
+def test_a_few_steps_learn():
+    model = make_model("paper")
+    batch = pack(8, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        output = model(batch)
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS)
+def test_generation_with_a_cache_equals_recomputation(dropout):
+    model = make_model(dropout)
+    batch = pack(24, 8, 0, labelled=False)
+    steps = []
+    cached = model.generate(batch, max_new_tokens=6, chunk=5, on_token=steps.append)
+    again = model.generate(batch, max_new_tokens=6, use_cache=False)
+    for a, b in zip(cached, again, strict=True):
+        assert torch.equal(a, b) and a.shape == (6,)
+    assert torch.tensor(steps).T.tolist() == [sequence.tolist() for sequence in cached]
+    alone = model.generate(pack(24, labelled=False), max_new_tokens=6)
+    assert torch.equal(alone[0], cached[0])
+
+
+def test_a_stop_word_ends_a_sequence():
+    model = make_model()
+    batch = pack(8, 16, labelled=False)
+    first, second = model.generate(batch, max_new_tokens=5)
+    stop = int(first[2])
+    ended, _ = model.generate(batch, max_new_tokens=5, stop_ids={stop})
+    assert ended.tolist() == first[: first.tolist().index(stop)].tolist()
+    assert model.generate(batch, max_new_tokens=0) and second.shape == (5,)
+
+
+def test_what_a_model_refuses():
+    model = make_model()
+    batch = pack(8, labelled=False)
+    with pytest.raises(ValueError, match="one row of width 64 per placeholder"):
+        model(dataclasses.replace(batch, visual_index=batch.visual_index[:-1]))
+    with torch.no_grad():
+        model.language_model.lm_head.weight[3] = torch.nan
+    with pytest.raises(RuntimeError, match="logits of sequence 0 are not finite"):
+        model.generate(batch, max_new_tokens=1)
+    with pytest.raises(ValueError, match="dropout.layers must be < num_layers = 4"):
+        tiny().override({"dropout": DropoutConfig((4,), (0.5,), ("random",))})
