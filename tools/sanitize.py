@@ -13,13 +13,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from lrc_kernels import backend
+from lrc_kernels import VarlenLayout, backend
+from lrc_kernels.attention import merge_partials, varlen_attention, varlen_attention_forward
+from lrc_kernels.token_dropout import (
+    attention_column_sums,
+    attention_scores,
+    drop_budget,
+    drop_tokens,
+    drop_tokens_rmsnorm,
+    query_rows,
+    select_tokens,
+)
 from lrc_kernels.tome import TokenLayout, head_mean, merge_tokens, plan_merge, unmerge_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def calls(dtype: torch.dtype, tokens: int, width: int) -> dict[str, Callable[[], Tensor]]:
+def attention_calls(dtype: torch.dtype, tokens: int, width: int) -> dict[str, Callable[[], Tensor]]:
+    def features(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=dtype, requires_grad=True)
+
+    layout = VarlenLayout([tokens, 1, tokens // 2], DEVICE)
+    rows = layout.num_tokens
+    q, k, v = features(rows, 4, width), features(rows, 2, width), features(rows, 2, width)
+    out, lse = (x.detach() for x in varlen_attention_forward(q, k, v, cu_seqlens_q=layout))
+    asking, sequence, position = query_rows(layout)
+    budget = drop_budget(layout, [tokens, 0, tokens // 2 - 1], keep=[tokens // 2, 0, 5])
+    droppable = torch.ones(rows, device=DEVICE, dtype=torch.bool)
+    droppable[tokens] = droppable[-1] = False
+    scores = torch.randn(rows, device=DEVICE)
+    selection = select_tokens(layout, droppable, budget, mode="topk", scores=scores)
+    residual, weight = features(rows, 2 * width), features(2 * width)
+    ids = {"cu_seqlens_k": layout, "query_sequence": sequence, "query_position": position}
+    return {
+        "varlen_attention": lambda: varlen_attention(q, k, v, cu_seqlens_q=layout),
+        "varlen_attention, window": lambda: varlen_attention(q, k, v, cu_seqlens_q=layout, window=(9, 0)),
+        "merge_partials": lambda: merge_partials(out, lse, out, lse)[0],
+        "attention_scores": lambda: attention_scores(q[asking], k, **ids),
+        "attention_column_sums": lambda: attention_column_sums(q, k, lse, cu_seqlens_q=layout, cu_seqlens_k=layout),
+        "select_tokens, topk": lambda: select_tokens(layout, droppable, budget, mode="topk", scores=scores).indices,
+        "select_tokens, random": lambda: select_tokens(layout, droppable, budget, mode="random").indices,
+        "drop_tokens": lambda: drop_tokens((residual, q), selection)[0],
+        "drop_tokens_rmsnorm": lambda: drop_tokens_rmsnorm(residual, weight, 1e-6, selection)[1],
+    }
+
+
+def tome_calls(dtype: torch.dtype, tokens: int, width: int) -> dict[str, Callable[[], Tensor]]:
     def features(*shape: int) -> Tensor:
         return torch.randn(*shape, device=DEVICE, dtype=dtype, requires_grad=True)
 
@@ -54,7 +93,7 @@ def main(name: str) -> int:
     ran_on = 0
     for dtype in (torch.float32, torch.bfloat16):
         for tokens, width in ((64, 128), (37, 52)):
-            for op, call in calls(dtype, tokens, width).items():
+            for op, call in {**tome_calls(dtype, tokens, width), **attention_calls(dtype, tokens, width)}.items():
                 title = f"{op}, {dtype}, N {tokens}"
                 with backend.record() as ran:
                     y = forced(name, call, title)
