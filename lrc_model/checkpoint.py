@@ -147,10 +147,12 @@ def save_weights(
     """Write a checkpoint of our own: config.json and model*.safetensors. An earlier one there is replaced.
 
     Raises:
-        ValueError: a tensor of `state` is missing, unknown or misshapen.
+        ValueError: a tensor of `state` is missing, unknown or misshapen; mixed dtypes.
     """
     headers = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _match(convert.own_layout(config), headers, dict.fromkeys(headers, "state"), other_parts=frozenset())
+    spelt = {dtype: name for name, dtype in _DTYPES.items()}
+    _one_dtype({name: spelt.get(tensor.dtype, str(tensor.dtype)) for name, tensor in state.items()}, None)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     _write(Path(path), config.to_dict(), iter(state.items()), sizes, max_shard_bytes)
 

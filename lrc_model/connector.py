@@ -44,18 +44,31 @@ class Connector(nn.Module):
     The pixel shuffle is index arithmetic inside the merge; then LayerNorm, linear, GELU, linear. Where the
     configuration merges nothing this is InternVL's connector. Parameters are named as in transformers'
     `InternVLMultiModalProjector`. Source: InternVideo2.5 section 3.1; the release merges before the MLP.
+
+    Args:
+        config: of the whole model.
+        seed: the weights are a function of (config, seed) alone; the global random state is neither read nor moved.
+        dtype: of weights and output.
     """
 
-    def __init__(self, config: LRCConfig, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: LRCConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config.connector
         side = config.vision.image_size // config.vision.patch_size
         self.layout = TokenLayout(config.connector.clip_frames, (side, side), config.connector.shuffle, prefix=1)
         self.target = config.connector.clip_frames * config.connector.tokens_per_frame
         width, out = config.token_width, config.text.hidden_size
-        self.layer_norm = nn.LayerNorm(width, device=device)
-        self.linear_1 = nn.Linear(width, out, device=device)
-        self.linear_2 = nn.Linear(out, out, device=device)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.layer_norm = nn.LayerNorm(width, dtype=dtype)
+            self.linear_1 = nn.Linear(width, out).to(dtype)
+            self.linear_2 = nn.Linear(out, out).to(dtype)
+
+    @classmethod
+    def empty(cls, config: LRCConfig, *, dtype: torch.dtype = torch.float32) -> Connector:
+        """The connector on the meta device, for `load_state_dict(..., assign=True)`."""
+        with torch.device("meta"):
+            return cls(config, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class; ValueError where the tokens do not fit the layout or are no whole clips."""

@@ -73,12 +73,13 @@ def test_all_573_tensors_of_the_release_match_by_header(tmp_path: Path) -> None:
     state, report = read_weights(tmp_path, config, parts=("connector",))
     assert (len(state), report.num_used, report.dtype) == (6, 6, torch.bfloat16)
     assert len(report.skipped["part that was not asked for"]) == 567
+    (tmp_path / "model.safetensors").unlink()
 
 
 def test_weights_load_into_the_modules(public_checkpoint: Make, tiny_config: LRCConfig) -> None:
     public = public_checkpoint()
     state, _ = read_weights(public.path, tiny_config, parts=("vision_model", "connector"), dtype=torch.float64)
-    vision, connector = VisionEncoder.empty(tiny_config.vision), Connector(tiny_config, device="meta")
+    vision, connector = VisionEncoder.empty(tiny_config.vision), Connector.empty(tiny_config)
     for prefix, module in (("vision_model.", vision), ("connector.", connector)):
         held = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         module.load_state_dict(held, strict=True, assign=True)
@@ -220,6 +221,11 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     assert all(bool((t == 1).all()) for t in read_weights(tmp_path, tiny())[0].values())
     with pytest.raises(ValueError, match=r"tensors are missing, first 'language_model.lm_head.weight' \[272, 64\]"):
         save_weights(tmp_path, tiny(), {name: t for name, t in loaded.items() if "lm_head" not in name})
+    with pytest.raises(
+        ValueError, match=r"mixed dtypes: .*\(first BF16: 'language_model.lm_head.weight'\): choose one"
+    ):
+        name = "language_model.lm_head.weight"
+        save_weights(tmp_path, tiny(), {**loaded, name: loaded[name].bfloat16()})
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -280,7 +286,7 @@ def test_transformers_loads_the_export_and_computes_the_same_tokens(
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state, _ = read_weights(public.path, config)
-    vision, connector = VisionEncoder.empty(config.vision), Connector(config, device="meta")
+    vision, connector = VisionEncoder.empty(config.vision), Connector.empty(config)
     for prefix, module in (("vision_model.", vision), ("connector.", connector)):
         held = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         module.load_state_dict(held, strict=True, assign=True)

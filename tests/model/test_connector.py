@@ -25,8 +25,7 @@ def vision() -> VisionEncoder:
 
 
 def random_connector(config: LRCConfig = CONFIG, seed: int = 0) -> Connector:
-    torch.manual_seed(seed)
-    connector = Connector(config)
+    connector = Connector(config, seed=seed)
     for norm in (connector.layer_norm.weight, connector.layer_norm.bias):
         nn.init.normal_(norm, mean=1.0, std=0.3)
     return connector
@@ -190,6 +189,15 @@ def test_a_remainder_repeats_the_last_frame_and_says_so(vision: VisionEncoder, n
     assert (clips.num_frames, clips.num_padded, num_padded) == (num_frames, missing, missing)
     assert torch.equal(padded[num_frames:], frames[-1:].expand(missing, -1, -1, -1))
     assert torch.equal(clips.tokens, wanted.tokens)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, second, other = (Connector(CONFIG, seed=seed).linear_1.weight for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    half = Connector(CONFIG, seed=1, dtype=torch.bfloat16)
+    assert torch.equal(half.linear_1.weight, first.bfloat16()) and half.layer_norm.weight.dtype == torch.bfloat16
 
 
 def test_whole_clips_are_not_copied() -> None:
