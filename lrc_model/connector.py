@@ -72,8 +72,11 @@ class Connector(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class; ValueError where the tokens do not fit the layout or are no whole clips."""
-        hidden = self.linear_1(self.layer_norm(self.compress(tokens)))
-        return self.linear_2(nn.functional.gelu(hidden))
+        return self.project(self.compress(tokens))
+
+    def project(self, compressed: Tensor) -> Tensor:
+        """The MLP alone: [B, tokens, shuffle^2 * Dv] -> [B, tokens, D]."""
+        return self.linear_2(nn.functional.gelu(self.linear_1(self.layer_norm(compressed))))
 
     def compress(self, tokens: Tensor) -> Tensor:
         """Pixel shuffle and merge alone: [F, 1 + h*w, Dv] -> [B, tokens, shuffle^2 * Dv]."""
@@ -109,6 +112,8 @@ def encode_clips(
 ) -> ClipTokens:
     """Encode a video in O(chunk_clips) working memory: a chunk is recomputed in backward, only its output is kept.
 
+    Under a frozen ViT its merged tokens are kept instead, and only the MLP is recomputed.
+
     Args:
         frames: uint8 RGB [F, 3, H, W] on any device; chunks move to the weights' device by themselves.
         chunk_clips: clips that are in flight at a time.
@@ -131,15 +136,23 @@ def encode_clips(
         chunks.append(pad_frames(frames[whole:], clip, remainder=remainder)[0])
 
     def encode(chunk: Tensor) -> Tensor:
-        return connector(vision(chunk.to(weight.device, non_blocking=True), chunk_frames=chunk.shape[0]))
+        return connector.compress(vision(chunk.to(weight.device, non_blocking=True), chunk_frames=chunk.shape[0]))
 
-    trains = torch.is_grad_enabled() and any(p.requires_grad for m in (vision, connector) for p in m.parameters())
+    trains_vision, trains_connector = (
+        torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()) for module in (vision, connector)
+    )
+    trains = trains_vision or trains_connector
     num_clips = (frames.shape[0] + num_padded) // clip
     tokens = weight.new_empty(0 if trains else num_clips, connector.target, weight.shape[0])
     outputs, done = [], 0
     for chunk in chunks:
+        if trains_vision:
+            output = _recomputed(lambda frames: connector.project(encode(frames)), chunk)
+        elif trains_connector:
+            output = _recomputed(connector.project, encode(chunk))
+        else:
+            output = connector.project(encode(chunk))
         # A slice assignment under autograd would copy the whole gradient once per chunk, hence the list.
-        output = cast(Tensor, checkpoint(encode, chunk, use_reentrant=False)) if trains else encode(chunk)
         if trains:
             outputs.append(output)
         else:
@@ -171,6 +184,10 @@ def place_visual_tokens(embeddings: Tensor, visual: Tensor, tokens: Tensor, *, n
         )
     check_device("tokens", rows, embeddings)
     return embeddings.masked_scatter(visual.unsqueeze(-1), rows.to(embeddings.dtype))
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return cast(Tensor, checkpoint(function, x, use_reentrant=False))
 
 
 def _missing_frames(num_frames: int, clip_frames: int, remainder: str) -> int:

@@ -221,11 +221,11 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     assert all(bool((t == 1).all()) for t in read_weights(tmp_path, tiny())[0].values())
     with pytest.raises(ValueError, match=r"tensors are missing, first 'language_model.lm_head.weight' \[272, 64\]"):
         save_weights(tmp_path, tiny(), {name: t for name, t in loaded.items() if "lm_head" not in name})
+    mixed = {name: t.bfloat16() if "lm_head" in name else t for name, t in loaded.items()}
     with pytest.raises(
         ValueError, match=r"mixed dtypes: .*\(first BF16: 'language_model.lm_head.weight'\): choose one"
     ):
-        name = "language_model.lm_head.weight"
-        save_weights(tmp_path, tiny(), {**loaded, name: loaded[name].bfloat16()})
+        save_weights(tmp_path, tiny(), mixed)
     assert len(list(tmp_path.iterdir())) == 3
 
 

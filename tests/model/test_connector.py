@@ -171,11 +171,18 @@ def test_only_a_chunk_is_in_flight_and_only_outputs_are_kept(vision: VisionEncod
     assert kept <= frames.nbytes
 
 
-def test_frozen_weights_are_not_recomputed(vision: VisionEncoder) -> None:
-    frozen = VisionEncoder(CONFIG.vision).eval().requires_grad_(False)
-    connector = random_connector().requires_grad_(False)
-    tokens = encode_clips(frozen, connector, random_frames(4)).tokens
-    assert not tokens.requires_grad
+def test_a_frozen_vit_is_not_recomputed() -> None:
+    frozen, frames = VisionEncoder(CONFIG.vision).eval().requires_grad_(False), random_frames(8)
+    connector, seen = random_connector(), []
+    wanted = torch.autograd.grad(connector(frozen(frames)).square().sum(), connector.linear_1.weight)[0]
+    hook = frozen.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    tokens = encode_clips(frozen, connector, frames, chunk_clips=1).tokens
+    actual = torch.autograd.grad(tokens.square().sum(), connector.linear_1.weight)[0]
+    hook.remove()
+    assert len(seen) == 2
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    connector.requires_grad_(False)
+    assert not encode_clips(frozen, connector, frames).tokens.requires_grad
 
 
 @pytest.mark.parametrize("num_frames", [1, 3, 5, 6, 7])
