@@ -28,10 +28,11 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A tensor by which each layout is known, whatever else the folder holds.
 _MARKS = {
-    "own": "language_model.model.embed_tokens.weight",
+    "own": "connector.linear_1.weight",
     "public": "language_model.model.tok_embeddings.weight",
     "internlm2": "model.tok_embeddings.weight",
-    "transformers": "model.language_model.embed_tokens.weight",
+    "transformers": "model.multi_modal_projector.linear_1.weight",
+    "transformers_saved": "multi_modal_projector.linear_1.weight",
 }
 
 
@@ -49,7 +50,7 @@ class ImportReport:
     """What became of the tensors of a checkpoint.
 
     Attributes:
-        layout: "own", "public", "internlm2" or "transformers".
+        layout: "own", "public", "internlm2", "transformers" or "transformers_saved".
         num_used: stored tensors that were used.
         num_loaded: our tensors that they made.
         skipped: rule -> names of the tensors that it skipped.

@@ -286,6 +286,13 @@ def test_transformers_loads_the_export_and_computes_the_same_tokens(
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state, _ = read_weights(public.path, config)
+    # A loaded model is saved by the names it was loaded from, a fresh one by those that lie on the hub.
+    fresh = transformers.InternVLForConditionalGeneration(model.config)
+    fresh.load_state_dict(model.state_dict())
+    fresh.save_pretrained(tmp_path / "saved")
+    saved, report = read_weights(tmp_path / "saved", read_config(tmp_path / "saved"))
+    assert report.layout == "transformers_saved" and same(saved, state)
+    assert read_config(tmp_path / "saved") == read_config(tmp_path / "hf")
     vision, connector = VisionEncoder.empty(config.vision), Connector.empty(config)
     for prefix, module in (("vision_model.", vision), ("connector.", connector)):
         held = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}

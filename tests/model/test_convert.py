@@ -84,7 +84,7 @@ def test_parts_add_up(part: str) -> None:
         convert.state_shapes(config, ("heads",))
 
 
-@pytest.mark.parametrize("layout", ["public", "transformers", "own"])
+@pytest.mark.parametrize("layout", list(convert.LAYOUTS))
 def test_every_layout_round_trips_exactly(layout: str) -> None:
     entries = convert.LAYOUTS[layout](tiny())
     stored = random_like(entries)
