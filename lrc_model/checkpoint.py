@@ -28,10 +28,11 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # A tensor by which each layout is known, whatever else the folder holds.
 _MARKS = {
-    "own": "language_model.model.embed_tokens.weight",
+    "own": "connector.linear_1.weight",
     "public": "language_model.model.tok_embeddings.weight",
     "internlm2": "model.tok_embeddings.weight",
-    "transformers": "model.language_model.embed_tokens.weight",
+    "transformers": "model.multi_modal_projector.linear_1.weight",
+    "transformers_saved": "multi_modal_projector.linear_1.weight",
 }
 
 
@@ -49,7 +50,7 @@ class ImportReport:
     """What became of the tensors of a checkpoint.
 
     Attributes:
-        layout: "own", "public", "internlm2" or "transformers".
+        layout: "own", "public", "internlm2", "transformers" or "transformers_saved".
         num_used: stored tensors that were used.
         num_loaded: our tensors that they made.
         skipped: rule -> names of the tensors that it skipped.
@@ -147,10 +148,12 @@ def save_weights(
     """Write a checkpoint of our own: config.json and model*.safetensors. An earlier one there is replaced.
 
     Raises:
-        ValueError: a tensor of `state` is missing, unknown or misshapen.
+        ValueError: a tensor of `state` is missing, unknown or misshapen; mixed dtypes.
     """
     headers = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _match(convert.own_layout(config), headers, dict.fromkeys(headers, "state"), other_parts=frozenset())
+    spelt = {dtype: name for name, dtype in _DTYPES.items()}
+    _one_dtype({name: spelt.get(tensor.dtype, str(tensor.dtype)) for name, tensor in state.items()}, None)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     _write(Path(path), config.to_dict(), iter(state.items()), sizes, max_shard_bytes)
 

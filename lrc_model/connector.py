@@ -44,23 +44,39 @@ class Connector(nn.Module):
     The pixel shuffle is index arithmetic inside the merge; then LayerNorm, linear, GELU, linear. Where the
     configuration merges nothing this is InternVL's connector. Parameters are named as in transformers'
     `InternVLMultiModalProjector`. Source: InternVideo2.5 section 3.1; the release merges before the MLP.
+
+    Args:
+        config: of the whole model.
+        seed: the weights are a function of (config, seed) alone; the global random state is neither read nor moved.
+        dtype: of weights and output.
     """
 
-    def __init__(self, config: LRCConfig, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: LRCConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config.connector
         side = config.vision.image_size // config.vision.patch_size
         self.layout = TokenLayout(config.connector.clip_frames, (side, side), config.connector.shuffle, prefix=1)
         self.target = config.connector.clip_frames * config.connector.tokens_per_frame
         width, out = config.token_width, config.text.hidden_size
-        self.layer_norm = nn.LayerNorm(width, device=device)
-        self.linear_1 = nn.Linear(width, out, device=device)
-        self.linear_2 = nn.Linear(out, out, device=device)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.layer_norm = nn.LayerNorm(width, dtype=dtype)
+            self.linear_1 = nn.Linear(width, out).to(dtype)
+            self.linear_2 = nn.Linear(out, out).to(dtype)
+
+    @classmethod
+    def empty(cls, config: LRCConfig, *, dtype: torch.dtype = torch.float32) -> Connector:
+        """The connector on the meta device, for `load_state_dict(..., assign=True)`."""
+        with torch.device("meta"):
+            return cls(config, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class; ValueError where the tokens do not fit the layout or are no whole clips."""
-        hidden = self.linear_1(self.layer_norm(self.compress(tokens)))
-        return self.linear_2(nn.functional.gelu(hidden))
+        return self.project(self.compress(tokens))
+
+    def project(self, compressed: Tensor) -> Tensor:
+        """The MLP alone: [B, tokens, shuffle^2 * Dv] -> [B, tokens, D]."""
+        return self.linear_2(nn.functional.gelu(self.linear_1(self.layer_norm(compressed))))
 
     def compress(self, tokens: Tensor) -> Tensor:
         """Pixel shuffle and merge alone: [F, 1 + h*w, Dv] -> [B, tokens, shuffle^2 * Dv]."""
@@ -96,6 +112,8 @@ def encode_clips(
 ) -> ClipTokens:
     """Encode a video in O(chunk_clips) working memory: a chunk is recomputed in backward, only its output is kept.
 
+    Under a frozen ViT its merged tokens are kept instead, and only the MLP is recomputed.
+
     Args:
         frames: uint8 RGB [F, 3, H, W] on any device; chunks move to the weights' device by themselves.
         chunk_clips: clips that are in flight at a time.
@@ -118,15 +136,23 @@ def encode_clips(
         chunks.append(pad_frames(frames[whole:], clip, remainder=remainder)[0])
 
     def encode(chunk: Tensor) -> Tensor:
-        return connector(vision(chunk.to(weight.device, non_blocking=True), chunk_frames=chunk.shape[0]))
+        return connector.compress(vision(chunk.to(weight.device, non_blocking=True), chunk_frames=chunk.shape[0]))
 
-    trains = torch.is_grad_enabled() and any(p.requires_grad for m in (vision, connector) for p in m.parameters())
+    trains_vision, trains_connector = (
+        torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()) for module in (vision, connector)
+    )
+    trains = trains_vision or trains_connector
     num_clips = (frames.shape[0] + num_padded) // clip
     tokens = weight.new_empty(0 if trains else num_clips, connector.target, weight.shape[0])
     outputs, done = [], 0
     for chunk in chunks:
+        if trains_vision:
+            output = _recomputed(lambda frames: connector.project(encode(frames)), chunk)
+        elif trains_connector:
+            output = _recomputed(connector.project, encode(chunk))
+        else:
+            output = connector.project(encode(chunk))
         # A slice assignment under autograd would copy the whole gradient once per chunk, hence the list.
-        output = cast(Tensor, checkpoint(encode, chunk, use_reentrant=False)) if trains else encode(chunk)
         if trains:
             outputs.append(output)
         else:
@@ -158,6 +184,10 @@ def place_visual_tokens(embeddings: Tensor, visual: Tensor, tokens: Tensor, *, n
         )
     check_device("tokens", rows, embeddings)
     return embeddings.masked_scatter(visual.unsqueeze(-1), rows.to(embeddings.dtype))
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return cast(Tensor, checkpoint(function, x, use_reentrant=False))
 
 
 def _missing_frames(num_frames: int, clip_frames: int, remainder: str) -> int:

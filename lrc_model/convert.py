@@ -61,11 +61,17 @@ _TEXT_LAYER = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+# As the modules are named, and as save_pretrained and the hub's files name them.
 _TRANSFORMERS = {
     "vision_model.model.": "model.vision_tower.",
     "connector.": "model.multi_modal_projector.",
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
+}
+_TRANSFORMERS_SAVED = {
+    "vision_model.model.": "vision_tower.",
+    "connector.": "multi_modal_projector.",
+    "language_model.": "language_model.",
 }
 
 
@@ -176,11 +182,20 @@ def own_layout(config: LRCConfig, parts: Collection[str] = PARTS) -> list[Stored
 
 
 def transformers_layout(config: LRCConfig, parts: Collection[str] = PARTS) -> list[Stored]:
-    """transformers' InternVLForConditionalGeneration."""
+    """transformers' InternVLForConditionalGeneration, by the names of its modules; it loads these too."""
+    return _renamed(config, parts, _TRANSFORMERS)
+
+
+def transformers_saved_layout(config: LRCConfig, parts: Collection[str] = PARTS) -> list[Stored]:
+    """The same as its `save_pretrained` writes it, which is what lies on the hub."""
+    return _renamed(config, parts, _TRANSFORMERS_SAVED)
+
+
+def _renamed(config: LRCConfig, parts: Collection[str], prefixes: Mapping[str, str]) -> list[Stored]:
     layout = []
     for name, shape in state_shapes(config, parts).items():
-        prefix = next(prefix for prefix in _TRANSFORMERS if name.startswith(prefix))
-        layout.append(Stored(_TRANSFORMERS[prefix] + name.removeprefix(prefix), shape, (name,)))
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        layout.append(Stored(prefixes[prefix] + name.removeprefix(prefix), shape, (name,)))
     return layout
 
 
@@ -238,6 +253,7 @@ LAYOUTS: dict[str, Callable[..., list[Stored]]] = {
     "own": own_layout,
     "public": public_layout,
     "transformers": transformers_layout,
+    "transformers_saved": transformers_saved_layout,
 }
 
 

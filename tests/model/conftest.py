@@ -112,8 +112,9 @@ def write_public(path: Path, config: LRCConfig, tensors: Mapping[str, Tensor], n
 
 @pytest.fixture(scope="session")
 def tiny_config() -> LRCConfig:
-    # What a public config.json can say: 4 metric heads are the LLM's heads.
-    return tiny().override({"tokenizer": "internlm2", "template": "internvl2_5"})
+    # What a public config.json can say: 4 metric heads are the LLM's heads. No number is a default of other code.
+    settings = {"tokenizer": "internlm2", "template": "internvl2_5", "text.rope_theta": 5e5, "text.rope_factor": 1.5}
+    return tiny().override(settings)
 
 
 @pytest.fixture

@@ -25,8 +25,7 @@ def vision() -> VisionEncoder:
 
 
 def random_connector(config: LRCConfig = CONFIG, seed: int = 0) -> Connector:
-    torch.manual_seed(seed)
-    connector = Connector(config)
+    connector = Connector(config, seed=seed)
     for norm in (connector.layer_norm.weight, connector.layer_norm.bias):
         nn.init.normal_(norm, mean=1.0, std=0.3)
     return connector
@@ -172,11 +171,18 @@ def test_only_a_chunk_is_in_flight_and_only_outputs_are_kept(vision: VisionEncod
     assert kept <= frames.nbytes
 
 
-def test_frozen_weights_are_not_recomputed(vision: VisionEncoder) -> None:
-    frozen = VisionEncoder(CONFIG.vision).eval().requires_grad_(False)
-    connector = random_connector().requires_grad_(False)
-    tokens = encode_clips(frozen, connector, random_frames(4)).tokens
-    assert not tokens.requires_grad
+def test_a_frozen_vit_is_not_recomputed() -> None:
+    frozen, frames = VisionEncoder(CONFIG.vision).eval().requires_grad_(False), random_frames(8)
+    connector, seen = random_connector(), []
+    wanted = torch.autograd.grad(connector(frozen(frames)).square().sum(), connector.linear_1.weight)[0]
+    hook = frozen.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    tokens = encode_clips(frozen, connector, frames, chunk_clips=1).tokens
+    actual = torch.autograd.grad(tokens.square().sum(), connector.linear_1.weight)[0]
+    hook.remove()
+    assert len(seen) == 2
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    connector.requires_grad_(False)
+    assert not encode_clips(frozen, connector, frames).tokens.requires_grad
 
 
 @pytest.mark.parametrize("num_frames", [1, 3, 5, 6, 7])
@@ -190,6 +196,15 @@ def test_a_remainder_repeats_the_last_frame_and_says_so(vision: VisionEncoder, n
     assert (clips.num_frames, clips.num_padded, num_padded) == (num_frames, missing, missing)
     assert torch.equal(padded[num_frames:], frames[-1:].expand(missing, -1, -1, -1))
     assert torch.equal(clips.tokens, wanted.tokens)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, second, other = (Connector(CONFIG, seed=seed).linear_1.weight for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    half = Connector(CONFIG, seed=1, dtype=torch.bfloat16)
+    assert torch.equal(half.linear_1.weight, first.bfloat16()) and half.layer_norm.weight.dtype == torch.bfloat16
 
 
 def test_whole_clips_are_not_copied() -> None:

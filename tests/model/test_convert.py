@@ -25,7 +25,12 @@ TEXT = TextConfig(
 
 
 def random_like(layout: list[convert.Stored]) -> dict[str, Tensor]:
-    return {s.name: torch.randn(s.shape) * 0.2 + ("norm" in s.name and "weight" in s.name) for s in layout}
+    """Random tensors by stored name: norms near one, matrices that keep the scale of what passes them."""
+    tensors = {}
+    for s in layout:
+        scale = 0.2 if len(s.shape) == 1 else torch.Size(s.shape[1:]).numel() ** -0.5
+        tensors[s.name] = torch.randn(s.shape) * scale + ("norm" in s.name and "weight" in s.name)
+    return tensors
 
 
 def llama(text: TextConfig) -> nn.Module:
@@ -61,7 +66,7 @@ def test_shapes_are_those_of_the_modules() -> None:
         text = llama(config.text)
     modules = {
         "vision_model": VisionEncoder.empty(config.vision),
-        "connector": Connector(config, device="meta"),
+        "connector": Connector.empty(config),
         "language_model": text,
     }
     real = {f"{part}.{n}": tuple(t.shape) for part, m in modules.items() for n, t in m.state_dict().items()}
@@ -79,7 +84,7 @@ def test_parts_add_up(part: str) -> None:
         convert.state_shapes(config, ("heads",))
 
 
-@pytest.mark.parametrize("layout", ["public", "transformers", "own"])
+@pytest.mark.parametrize("layout", list(convert.LAYOUTS))
 def test_every_layout_round_trips_exactly(layout: str) -> None:
     entries = convert.LAYOUTS[layout](tiny())
     stored = random_like(entries)
@@ -166,9 +171,8 @@ def test_internvit_weights_compute_what_the_public_code_computes() -> None:
     with torch.no_grad():
         wanted = internvit(pixels.double(), {n: t.double() for n, t in public.items()}, VISION)
         actual = encoder.eval()(frames)
-    assert float(wanted.abs().max()) > 1
-    # Residuals of this size round to 1e-6 of it; 1e-5 of the scale is the bar for parity.
-    assert float((actual - wanted).abs().max()) <= 1e-5 * max(1.0, float(wanted.abs().max()))
+    assert 1 < float(wanted.abs().max()) < 20
+    assert float((actual - wanted).abs().max()) <= 1e-5
 
 
 def internlm2(ids: Tensor, w: dict[str, Tensor], text: TextConfig) -> Tensor:

@@ -138,6 +138,16 @@ def test_bad_frames_are_refused(encoder: VisionEncoder, frames: Tensor, error: t
         encoder(frames)
 
 
+def test_an_empty_encoder_takes_the_weights_of_another(encoder: VisionEncoder) -> None:
+    empty = VisionEncoder.empty(TINY, dtype=torch.bfloat16)
+    assert {p.device.type for p in empty.parameters()} == {"meta"} and empty.grid == encoder.grid
+    assert {p.dtype for p in empty.parameters()} == {torch.bfloat16}
+    empty.load_state_dict(encoder.state_dict(), strict=True, assign=True)
+    frames = random_frames(2)
+    with torch.no_grad():
+        assert torch.equal(empty.eval()(frames), encoder(frames))
+
+
 def test_bad_chunks_are_refused(encoder: VisionEncoder) -> None:
     with pytest.raises(ValueError, match="chunk_frames must be >= 1, got 0"):
         encoder(random_frames(1), chunk_frames=0)
@@ -158,7 +168,10 @@ def test_bad_sizes_are_refused(argument: str, value: int, match: str) -> None:
 
 
 def test_importing_the_package_leaves_transformers_alone() -> None:
-    code = "import sys, lrc_model.vision, lrc_kernels.packing as _; print(*({'transformers', 'av'} & set(sys.modules)))"
+    code = (
+        "import sys, lrc_model.checkpoint, lrc_model.connector, lrc_model.templates, lrc_kernels.packing as _; "
+        "print(*({'transformers', 'safetensors', 'sentencepiece', 'av'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.split()
 
