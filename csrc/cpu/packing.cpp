@@ -38,20 +38,45 @@ class Permutation {
     for (int r = 0; r < kRounds; ++r) keys_[r] = mix(state + static_cast<uint64_t>(r + 1) * kGolden);
   }
 
-  int64_t operator()(int64_t position) const {
-    uint64_t value = static_cast<uint64_t>(position);
-    do {
-      uint64_t low = value & low_mask_, high = value >> low_bits_;
-      for (int r = 0; r < kRounds; r += 2) {
-        low ^= mix(high + keys_[r]) & low_mask_;
-        high ^= mix(low + keys_[r + 1]) & high_mask_;
+  // Entries first .. first + count. A branch per entry would be mispredicted for each that lands outside, so the whole
+  // stretch takes a step and only those outside take the next one.
+  void write(int64_t first, int64_t count, int64_t* entries) const {
+    uint64_t value[kStretch];
+    int outside[kStretch];
+    for (int64_t done = 0; done < count; done += kStretch) {
+      const int size = static_cast<int>(std::min<int64_t>(kStretch, count - done));
+      for (int i = 0; i < size; ++i) value[i] = encrypt(static_cast<uint64_t>(first + done + i));
+      int num_outside = 0;
+      for (int i = 0; i < size; ++i) {
+        outside[num_outside] = i;
+        num_outside += value[i] >= n_;
       }
-      value = high << low_bits_ | low;
-    } while (value >= n_);
-    return static_cast<int64_t>(value);
+      while (num_outside > 0) {
+        int left = 0;
+        for (int i = 0; i < num_outside; ++i) {
+          const int at = outside[i];
+          value[at] = encrypt(value[at]);
+          outside[left] = at;
+          left += value[at] >= n_;
+        }
+        num_outside = left;
+      }
+      for (int i = 0; i < size; ++i) entries[done + i] = static_cast<int64_t>(value[i]);
+    }
   }
 
  private:
+  static constexpr int kStretch = 256;
+
+  uint64_t encrypt(uint64_t value) const {
+    uint64_t low = value & low_mask_, high = value >> low_bits_;
+    for (int r = 0; r < kRounds; r += 2) {
+      low ^= mix(high + keys_[r]) & low_mask_;
+      high ^= mix(low + keys_[r + 1]) & high_mask_;
+    }
+    return high << low_bits_ | low;
+  }
+
   uint64_t n_, low_mask_, high_mask_, keys_[kRounds];
   int low_bits_;
 };
@@ -66,12 +91,20 @@ class Planner {
   explicit Planner(const PackArgs& args)
       : args_(args), order_(new int64_t[args.num_kept]), pack_of_(new int64_t[args.num_kept]) {
     const Permutation permutation(args.num_samples, args.seed, args.epoch, 0);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < args.num_samples; ++i) {
-      const int64_t sample = permutation(i);
-      if (args.keep != nullptr && !args.keep[sample]) continue;
-      if (kept == args.num_kept) throw std::invalid_argument("keep must hold num_kept samples, but holds more");
-      order_[kept++] = sample;
+    if (args.keep == nullptr) {
+      permutation.write(0, args.num_samples, order_.get());
+      return;
+    }
+    constexpr int64_t kStretch = 1024;
+    int64_t kept = 0, entries[kStretch];
+    for (int64_t first = 0; first < args.num_samples; first += kStretch) {
+      const int64_t count = std::min(kStretch, args.num_samples - first);
+      permutation.write(first, count, entries);
+      for (int64_t i = 0; i < count; ++i) {
+        if (!args.keep[entries[i]]) continue;
+        if (kept == args.num_kept) throw std::invalid_argument("keep must hold num_kept samples, but holds more");
+        order_[kept++] = entries[i];
+      }
     }
     if (kept != args.num_kept) throw std::invalid_argument("keep must hold num_kept samples, but holds fewer");
   }
@@ -86,15 +119,10 @@ class Planner {
 
   void open_best_fit() {
     struct Open {
-      int64_t pack, opened_at;
+      int64_t pack;
       double fullness;
     };
     std::vector<Open> open_packs;  // oldest first
-    const auto close = [&](size_t which) {
-      emit(open_packs[which].pack);
-      open_packs.erase(open_packs.begin() + static_cast<int64_t>(which));
-    };
-    const int64_t smallest = fewest_tokens();
     for (int64_t arrival = 0; arrival < args_.num_kept; ++arrival) {
       const Load sample = load_of(arrival);
       size_t best = open_packs.size();
@@ -104,17 +132,13 @@ class Planner {
       }
       if (best == open_packs.size()) {
         if (static_cast<int64_t>(best) == args_.open_packs) {
-          const auto fullest = std::max_element(open_packs.begin(), open_packs.end(),
-                                                [](const Open& a, const Open& b) { return a.fullness < b.fullness; });
-          const bool waited = num_emitted() - open_packs.front().opened_at >= args_.open_packs;
-          close(waited ? 0 : static_cast<size_t>(fullest - open_packs.begin()));
+          emit(open_packs.front().pack);
+          open_packs.erase(open_packs.begin());
         }
         best = open_packs.size();
-        open_packs.push_back({open(), num_emitted(), 0});
+        open_packs.push_back({open(), 0});
       }
-      const Load& load = place(arrival, sample, open_packs[best].pack);
-      open_packs[best].fullness = fullness(load);
-      if (args_.max_tokens - load.tokens < smallest) close(best);
+      open_packs[best].fullness = fullness(place(arrival, sample, open_packs[best].pack));
     }
     for (const Open& left : open_packs) emit(left.pack);
   }
@@ -264,14 +288,6 @@ class Planner {
     return std::max({tokens, frames, load.cost / args_.max_cost});
   }
 
-  int64_t fewest_tokens() const {
-    int64_t fewest = args_.max_tokens;
-    for (int64_t i = 0; i < args_.num_samples; ++i) {
-      if (args_.keep == nullptr || args_.keep[i]) fewest = std::min(fewest, args_.num_tokens[i]);
-    }
-    return fewest;
-  }
-
   int64_t open() {
     packs_.emplace_back();
     counts_.push_back(0);
@@ -310,6 +326,7 @@ int64_t pack_samples(const PackArgs& args) {
   require(args.num_kept >= 0 && args.num_kept <= args.num_samples, "num_kept must lie in [0, num_samples]");
   require(args.max_tokens >= 1 && args.max_frames >= 1 && args.max_cost > 0, "max_* must be above 0");
   require(args.open_packs >= 1 && args.window >= 1, "open_packs and window must be >= 1");
+  require(args.keep != nullptr || args.num_kept == args.num_samples, "num_kept must be num_samples without keep");
   Planner planner(args);
   switch (args.strategy) {
     case PackStrategy::kInOrder:
@@ -335,8 +352,7 @@ int64_t pack_samples(const PackArgs& args) {
 
 void pack_permutation(int64_t n, uint64_t seed, uint64_t epoch, uint64_t stream, int64_t* permutation) {
   require(n >= 0, "n must be >= 0");
-  const Permutation at(static_cast<uint64_t>(n), seed, epoch, stream);
-  for (int64_t i = 0; i < n; ++i) permutation[i] = at(i);
+  Permutation(static_cast<uint64_t>(n), seed, epoch, stream).write(0, n, permutation);
 }
 
 }  // namespace lrc::cpu

