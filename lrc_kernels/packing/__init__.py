@@ -1,7 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From video files to batches: which moments to look at, and the frames shown at them."""
+"""From video files to batches: which moments to look at, the frames shown at them, and which samples share a pack."""
 
+from lrc_kernels.packing.config import CostModel, PackConfig
+from lrc_kernels.packing.plan import OverlongSampleError, PackPlan, PackStats, plan_packs
 from lrc_kernels.packing.sampling import TemporalSampling
 from lrc_kernels.packing.video import DecodedVideo, VideoInfo, decode_frames, probe_video
 
-__all__ = ["DecodedVideo", "TemporalSampling", "VideoInfo", "decode_frames", "probe_video"]
+__all__ = [
+    "CostModel",
+    "DecodedVideo",
+    "OverlongSampleError",
+    "PackConfig",
+    "PackPlan",
+    "PackStats",
+    "TemporalSampling",
+    "VideoInfo",
+    "decode_frames",
+    "plan_packs",
+    "probe_video",
+]

@@ -59,7 +59,12 @@ def pack_samples(
         *(open_packs, window, sample_index.ctypes.data, pack_ptr.ctypes.data),
         *(tokens.ctypes.data, frames.ctypes.data, pack_cost.ctypes.data),
     )
-    return (sample_index, pack_ptr[: packs + 1].copy(), *(x[:packs].copy() for x in (tokens, frames)), pack_cost[:packs].copy())
+    return (
+        sample_index,
+        pack_ptr[: packs + 1].copy(),
+        *(x[:packs].copy() for x in (tokens, frames)),
+        pack_cost[:packs].copy(),
+    )
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> Ints:

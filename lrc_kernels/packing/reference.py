@@ -46,9 +46,7 @@ class _Planner:
         tokens, frames, cost = self.samples[arrival]
         max_tokens, max_frames, max_cost = self.limits
         return (
-            tokens <= max_tokens - pack.tokens
-            and frames <= max_frames - pack.frames
-            and pack.cost + cost <= max_cost
+            tokens <= max_tokens - pack.tokens and frames <= max_frames - pack.frames and pack.cost + cost <= max_cost
         )
 
     def place(self, pack: _Pack, arrival: int) -> None:
