@@ -131,8 +131,9 @@ def _table(columns: dict[str, Any], rows: list[_Row], options: argparse.Namespac
     skipped = ", ".join(f"{count} {reason}" for reason, count in stats.skipped.items() if count)
     notes = [
         f"{stats.num_samples} samples, {stats.num_packed} packed" + (f"; left out: {skipped}" if skipped else ""),
-        f"packs of {options.max_tokens} tokens; none, lpt, group: cost of the busiest of {options.ranks} ranks over the "
-        f"mean, {options.accumulate} packs each, by the way of balancing",
+        f"packs of {options.max_tokens} tokens",
+        f"none, lpt, group: by balance, cost of the busiest of {options.ranks} ranks over the mean, {options.accumulate} "
+        "packs each",
         "",
     ]
     return "\n".join([*notes, *lines])

@@ -132,7 +132,8 @@ class PackPlan:
         The packs of a step do not depend on dp_size, so that a run resumes at another one.
 
         Raises:
-            TypeError: arguments that are no ints. ValueError: no such step, or packs_per_step not a multiple of dp_size.
+            TypeError: arguments that are no ints. ValueError: no such step, or a dp_size that does not divide
+                packs_per_step.
         """
         cost = self._cost_of_steps(dp_size)
         check_int("step", step, minimum=0)
@@ -249,6 +250,8 @@ def plan_packs(
     real_tokens, num_frames, num_supervised = _columns(index_or_lengths)
     num_tokens = real_tokens if config.align == 1 else -(-real_tokens // config.align) * config.align
     cost = config.cost_model.cost(num_tokens, num_frames)
+    if not np.isfinite(cost.max(initial=0.0)):
+        raise ValueError(f"cost_model must give finite costs, got {cost.max()} at index {int(np.argmax(cost))}")
     keep, limits, skipped = _keep(num_tokens, num_frames, num_supervised, cost, config)
     packs = pack_samples(
         *(num_tokens, num_frames, cost, keep),
@@ -362,21 +365,17 @@ def _overlong_error(
 ) -> OverlongSampleError:
     found = np.flatnonzero(overlong)
     first = tuple(found[:5].tolist())
-    listed = "; ".join(
-        f"sample {i}: "
-        + ", ".join(f"{columns[name][i]:g} {name}" for name in limits if columns[name][i] > limits[name])
-        for i in first
-    )
+    seen = []
+    for i in first:
+        over = [f"{columns[name][i]:g} {name}" for name, limit in limits.items() if columns[name][i] > limit]
+        seen.append(f"sample {i}: {', '.join(over)}")
+    listed = "; ".join(seen) + ("; ..." if found.size > len(first) else "")
     allowed = ", ".join(f"{limit:g} {name}" for name, limit in limits.items())
-    asked = (
-        "" if config.overlong == "error" else f" overlong={config.overlong!r} cannot help: a plan changes no length."
-    )
-    return OverlongSampleError(
-        f"{found.size} of {overlong.size} samples do not fit a pack of {allowed} ({listed}{', ...' if found.size > 5 else ''})."
-        f"{asked} Give them fewer frames where their lengths are made, raise the budget, or set overlong='drop'",
-        int(found.size),
-        first,
-    )
+    hint = "Give them fewer frames where their lengths are made, raise the budget, or set overlong='drop'"
+    if config.overlong != "error":
+        hint = f"overlong={config.overlong!r} is done where lengths are made; a plan changes none. {hint}"
+    message = f"{found.size} of {overlong.size} samples do not fit a pack of {allowed} ({listed}). {hint}"
+    return OverlongSampleError(message, int(found.size), first)
 
 
 Packs = tuple[Ints, Ints, Ints, Ints, Floats]
