@@ -109,6 +109,18 @@ class Planner {
     if (kept != args.num_kept) throw std::invalid_argument("keep must hold num_kept samples, but holds fewer");
   }
 
+  // A sample that fits no pack would be waited for without end.
+  void check_samples() const {
+    for (int64_t i = 0; i < args_.num_samples; ++i) {
+      if (args_.keep != nullptr && !args_.keep[i]) continue;
+      if (args_.num_tokens[i] < 1 || args_.num_frames[i] < 0 ||
+          !fits({}, {args_.num_tokens[i], args_.num_frames[i], args_.cost[i]})) {
+        throw std::invalid_argument("every kept sample must fit a pack by itself, but sample " + std::to_string(i) +
+                                    " does not");
+      }
+    }
+  }
+
   void in_order() {
     for (int64_t arrival = 0; arrival < args_.num_kept; ++arrival) {
       const Load sample = load_of(arrival);
@@ -298,10 +310,6 @@ class Planner {
 
   const Load& place(int64_t arrival, const Load& sample, int64_t pack) {
     Load& load = packs_[pack];
-    if (!fits(load, sample)) {
-      throw std::invalid_argument("every kept sample must fit a pack by itself, but sample " +
-                                  std::to_string(order_[arrival]) + " does not");
-    }
     load.tokens += sample.tokens;
     load.frames += sample.frames;
     load.cost += sample.cost;
@@ -328,6 +336,7 @@ int64_t pack_samples(const PackArgs& args) {
   require(args.open_packs >= 1 && args.window >= 1, "open_packs and window must be >= 1");
   require(args.keep != nullptr || args.num_kept == args.num_samples, "num_kept must be num_samples without keep");
   Planner planner(args);
+  planner.check_samples();
   switch (args.strategy) {
     case PackStrategy::kInOrder:
       planner.in_order();

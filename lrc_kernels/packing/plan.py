@@ -249,7 +249,8 @@ def plan_packs(
     pack_samples = _implementation(impl)
     real_tokens, num_frames, num_supervised = _columns(index_or_lengths)
     num_tokens = real_tokens if config.align == 1 else -(-real_tokens // config.align) * config.align
-    cost = config.cost_model.cost(num_tokens, num_frames)
+    with np.errstate(over="ignore"):
+        cost = config.cost_model.cost(num_tokens, num_frames)
     if not np.isfinite(cost.max(initial=0.0)):
         raise ValueError(f"cost_model must give finite costs, got {cost.max()} at index {int(np.argmax(cost))}")
     keep, limits, skipped = _keep(num_tokens, num_frames, num_supervised, cost, config)

@@ -50,8 +50,6 @@ class _Planner:
         )
 
     def place(self, pack: _Pack, arrival: int) -> None:
-        if not self.fits(pack, arrival):
-            raise ValueError(f"every kept sample must fit a pack by itself, but arrival {arrival} does not")
         tokens, frames, cost = self.samples[arrival]
         pack.arrivals.append(arrival)
         pack.tokens, pack.frames, pack.cost = pack.tokens + tokens, pack.frames + frames, pack.cost + cost
@@ -165,6 +163,9 @@ def pack_samples(
     order = order if keep is None else order[keep[order]]
     samples = list(zip(num_tokens[order].tolist(), num_frames[order].tolist(), cost[order].tolist(), strict=True))
     planner = _Planner(samples, (max_tokens, max_frames, max_cost), open_packs, window)
+    for arrival, sample in enumerate(order.tolist()):
+        if not planner.fits(_Pack(), arrival):
+            raise ValueError(f"every kept sample must fit a pack by itself, but sample {sample} does not")
     getattr(planner, strategy)()
     packs = planner.emitted
     arrivals = np.array([arrival for pack in packs for arrival in sorted(pack.arrivals)], dtype=np.int64)
