@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kTaken = std::numeric_limits<int64_t>::max();
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
 constexpr int kRounds = 8;
+constexpr int64_t kPatience = 48;
 
 uint64_t mix(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
@@ -131,28 +132,34 @@ class Planner {
 
   void open_best_fit() {
     struct Open {
-      int64_t pack;
+      int64_t pack, opened_at;  // opened_at: samples that had left by then
       double fullness;
     };
     std::vector<Open> open_packs;  // oldest first
+    const auto fuller = [](const Open& a, const Open& b) { return a.fullness < b.fullness; };
+    int64_t left = 0;
     for (int64_t arrival = 0; arrival < args_.num_kept; ++arrival) {
       const Load sample = load_of(arrival);
-      size_t best = open_packs.size();
-      for (size_t i = 0; i < open_packs.size(); ++i) {
-        const bool fuller = best == open_packs.size() || open_packs[i].fullness > open_packs[best].fullness;
-        if (fuller && fits(packs_[open_packs[i].pack], sample)) best = i;
+      auto best = open_packs.end();
+      for (auto pack = open_packs.begin(); pack != open_packs.end(); ++pack) {
+        const bool better = best == open_packs.end() || fuller(*best, *pack);
+        if (better && fits(packs_[pack->pack], sample)) best = pack;
       }
-      if (best == open_packs.size()) {
-        if (static_cast<int64_t>(best) == args_.open_packs) {
-          emit(open_packs.front().pack);
-          open_packs.erase(open_packs.begin());
+      if (best == open_packs.end()) {
+        if (static_cast<int64_t>(open_packs.size()) == args_.open_packs) {
+          const auto oldest = open_packs.begin();
+          const auto closing =
+              left - oldest->opened_at >= kPatience ? oldest : std::max_element(oldest, open_packs.end(), fuller);
+          emit(closing->pack);
+          left += counts_[closing->pack];
+          open_packs.erase(closing);
         }
-        best = open_packs.size();
-        open_packs.push_back({open(), 0});
+        open_packs.push_back({open(), left, 0});
+        best = open_packs.end() - 1;
       }
-      open_packs[best].fullness = fullness(place(arrival, sample, open_packs[best].pack));
+      best->fullness = fullness(place(arrival, sample, best->pack));
     }
-    for (const Open& left : open_packs) emit(left.pack);
+    for (const Open& last : open_packs) emit(last.pack);
   }
 
   void first_fit() {

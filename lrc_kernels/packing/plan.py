@@ -230,7 +230,7 @@ def plan_packs(
         packs_per_step: packs of one optimizer step over all data-parallel ranks and accumulation.
         balance: "none" deals the packs of a step round robin. "lpt" deals them by cost and leaves every step's packs as
             they are. "group" also fills each step with packs of similar cost from the whole epoch.
-        impl: "cpp", "python" (the specification: the same output, some 20 times slower), or "auto": cpp where built.
+        impl: "cpp", "python" (the specification: the same output, some 50 times slower), or "auto": cpp where built.
 
     Raises:
         TypeError, ValueError: naming the argument. OverlongSampleError: samples that fit no pack, unless

@@ -20,12 +20,16 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
+_PATIENCE = 48
+
+
 @dataclass
 class _Pack:
     arrivals: list[int] = field(default_factory=list)
     tokens: int = 0
     frames: int = 0
     cost: float = 0.0
+    opened_at: int = 0
     fullness: float = 0.0
 
 
@@ -66,18 +70,22 @@ class _Planner:
     def open_best_fit(self) -> None:
         """`open_packs` packs are open; a sample goes to the fullest that takes it, ties to the oldest.
 
-        Fullness is the largest share of a budget that is used. Where no pack takes the sample, the oldest is closed. So
-        packs leave in the order in which they were opened, and a sample is overtaken only by those later ones that went
-        into the fewer than `open_packs` packs that are older than its own. (Closing the fullest instead fills packs
-        0.05 % better, but a pack of few tokens may then wait for the whole epoch.)
+        Fullness is the largest share of a budget that is used. Where no pack takes the sample, the fullest is closed,
+        or the oldest if 48 samples or more have left since it was opened: a pack of few tokens would otherwise wait for
+        the whole epoch.
         """
         opened: list[_Pack] = []
+        left = 0
         for arrival in range(len(self.samples)):
             best = max((p for p in opened if self.fits(p, arrival)), key=lambda p: p.fullness, default=None)
             if best is None:
                 if len(opened) == self.open_packs:
-                    self.emitted.append(opened.pop(0))
-                best = _Pack()
+                    waited = left - opened[0].opened_at >= _PATIENCE
+                    closing = opened[0] if waited else max(opened, key=lambda p: p.fullness)
+                    opened = [pack for pack in opened if pack is not closing]
+                    self.emitted.append(closing)
+                    left += len(closing.arrivals)
+                best = _Pack(opened_at=left)
                 opened.append(best)
             self.place(best, arrival)
         self.emitted += opened

@@ -121,21 +121,26 @@ def test_in_order_is_next_fit() -> None:
 
 
 @pytest.mark.parametrize("open_packs", [1, 2, 8])
-@pytest.mark.parametrize("lengths", ["mixed", "short then long"])
+@pytest.mark.parametrize("lengths", ["mixed", "one short, then long"])
 def test_open_best_fit_lets_no_sample_wait(open_packs: int, lengths: str) -> None:
-    """Packs leave in the order of their first samples; later samples overtake into fewer than open_packs packs."""
+    """Packs that were opened later leave earlier only while fewer than 48 samples have left since this one was opened,
+    and of the packs that were opened earlier fewer than `open_packs` take later samples."""
     random = np.random.default_rng(open_packs)
-    n = 400
+    n = 1000
     tokens = random.integers(1, 60, n) if lengths == "mixed" else np.full(n, 100)
     arrival = np.argsort(native.permutation(n, 9, 0))
     if lengths != "mixed":
         tokens[arrival == 0] = 1
     plan = plan_packs(tokens, PackConfig(max_tokens=100, open_packs=open_packs), seed=9)
     pack, when = np.repeat(np.arange(plan.num_packs), np.diff(plan.pack_ptr)), arrival[plan.sample_index]
-    assert (np.diff(when[plan.pack_ptr[:-1]]) > 0).all()
+    opened, counts = when[plan.pack_ptr[:-1]], np.diff(plan.pack_ptr)
+    for p in range(plan.num_packs):
+        younger = np.flatnonzero(opened[:p] > opened[p])
+        assert counts[younger[:-1]].sum() < 48
     for place in range(n):
-        overtaking = pack[:place][(when[:place] > when[place]) & (pack[:place] < pack[place])]
-        assert np.unique(overtaking).size < open_packs
+        later = pack[:place][(when[:place] > when[place]) & (opened[pack[:place]] < opened[pack[place]])]
+        assert np.unique(later).size < open_packs
+    assert plan.stats().lateness < 64
 
 
 @pytest.mark.parametrize("strategy", ["first_fit", "best_fit", "bfd"])
@@ -213,7 +218,7 @@ def test_digest_is_stable() -> None:
     columns = {"num_tokens": np.arange(1, 200) * 37 % 101 + 1, "num_frames": np.arange(199) % 7}
     config = PackConfig(max_tokens=128, max_frames=12, max_cost="1.1x", cost_model=COST)
     plan = plan_packs(columns, config, seed=1, epoch=2, packs_per_step=4, balance="group")
-    assert plan.digest == "1ed79d49c2a447b46feaed638db637d8f776b0f1bb89fbf5830087290711dbc7"
+    assert plan.digest == "ca17c47e6f8a8dce66bf01670afff2bc212637ba9b4a7ac31d40b8fbc5c1108b"
     changes = [{"seed": 2}, {"epoch": 3}, {"packs_per_step": 2}, {"balance": "lpt"}]
     base = {"seed": 1, "epoch": 2, "packs_per_step": 4, "balance": "group"}
     digests = {plan_packs(columns, config, **{**base, **change}).digest for change in [{}, *changes]}
