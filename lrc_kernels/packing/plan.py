@@ -102,6 +102,10 @@ class PackPlan:
     epoch: int
     skipped: dict[str, int]
 
+    def __post_init__(self) -> None:
+        for array in (self.sample_index, self.pack_ptr, self.n_tokens, self.n_frames, self.cost):
+            array.flags.writeable = False
+
     @property
     def num_packs(self) -> int:
         return self.n_tokens.shape[0]
@@ -247,19 +251,14 @@ def plan_packs(
         *(num_tokens, num_frames, cost, keep),
         seed=seed,
         epoch=epoch,
-        strategy=config.strategy,
-        max_tokens=config.max_tokens,
         max_frames=_NO_LIMIT if config.max_frames is None else config.max_frames,
         max_cost=limits.get("cost", np.inf),
-        open_packs=config.open_packs,
-        window=config.window,
+        **{name: getattr(config, name) for name in ("strategy", "max_tokens", "open_packs", "window")},
     )
     packed = packs[0].shape[0]
     packs = _whole_steps(packs, packs_per_step, config.drop_last)
     if balance == "group":
         packs = _reordered(packs, group_steps(packs[4], packs_per_step, seed=seed, epoch=epoch))
-    for array in packs:
-        array.flags.writeable = False
     return PackPlan(
         *packs,
         packs_per_step=packs_per_step,
