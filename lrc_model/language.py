@@ -279,6 +279,12 @@ class LanguageModel(nn.Module):
         self.model = Decoder(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
+    @classmethod
+    def empty(cls, text: TextConfig, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
+        """On the meta device, for `load_state_dict(..., assign=True)` or `to_empty`."""
+        with torch.device("meta"):
+            return cls(text).to(dtype)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """int64 [T] -> [T, D]."""
         return self.model.embed_tokens(input_ids)

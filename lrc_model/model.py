@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from lrc_kernels.layout import VarlenLayout
 from lrc_kernels.packing import PackedBatch
 from lrc_kernels.token_dropout import DropoutSchedule
 from lrc_model.cache import KVCache
+from lrc_model.checkpoint import read_config, read_weights, save_weights
 from lrc_model.config import LRCConfig
 from lrc_model.connector import Connector, encode_clips, place_visual_tokens
 from lrc_model.generate import PREFILL_CHUNK, decode_step, prefill
 from lrc_model.language import Drop, LanguageModel, PackedRows
 from lrc_model.losses import chunked_cross_entropy
+from lrc_model.tokenizer import Tokenizer, load_tokenizer
 from lrc_model.vision import VisionEncoder
 
 INITIALIZER_RANGE = 0.02
@@ -65,6 +68,8 @@ class LRCModel(nn.Module):
         self.connector = connector
         self.language_model = language_model
         self.schedule = dropout_schedule(config)
+        self.checkpoint: Path | None = None
+        self._tokenizer: Tokenizer | None = None
 
     @classmethod
     def from_config(
@@ -77,8 +82,7 @@ class LRCModel(nn.Module):
     ) -> LRCModel:
         """A model with random weights, drawn on its device, so that 8 billion of them take seconds on a GPU."""
         vision = VisionEncoder(config.vision, seed=seed, dtype=dtype).to(device)
-        with torch.device("meta"):
-            connector, language = Connector(config).to(dtype), LanguageModel(config.text).to(dtype)
+        connector, language = Connector.empty(config, dtype=dtype), LanguageModel.empty(config.text, dtype=dtype)
         generator = torch.Generator(device).manual_seed(seed)
         for module in (connector, language):
             module.to_empty(device=device)
@@ -91,6 +95,46 @@ class LRCModel(nn.Module):
                     else:
                         parameter.normal_(std=INITIALIZER_RANGE, generator=generator)
         return cls(config, vision, connector, language).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> LRCModel:
+        """A model from a checkpoint folder: our own, the public InternVideo2.5 shards, or transformers' layout.
+
+        Args:
+            dtype: cast to it; None keeps that of the checkpoint.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file, or the tensor that is missing, unknown or misshapen.
+        """
+        config = read_config(path)
+        state, report = read_weights(path, config, dtype=dtype, device=device)
+        dtype = report.dtype
+        model = cls(
+            config,
+            VisionEncoder.empty(config.vision, dtype=dtype),
+            Connector.empty(config, dtype=dtype),
+            LanguageModel.empty(config.text, dtype=dtype),
+        )
+        model.load_state_dict(state, assign=True)
+        model.checkpoint = Path(path)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and safetensors files to a folder; `from_pretrained` reads them back.
+
+        Raises:
+            ValueError: parameters of mixed dtypes.
+        """
+        save_weights(path, self.config, self.state_dict())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the configuration; the one of InternLM2 is read from the checkpoint's folder."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config.tokenizer, self.checkpoint)
+        return self._tokenizer
 
     def embed(self, batch: PackedBatch, *, chunk_clips: int = 4) -> Tensor:
         """[T, D]: the embeddings of all words, with the merged features of the clips at the visual tokens. Autograd."""
