@@ -277,6 +277,8 @@ class LRCConfig:
             known = _names() if not part else _fields_of(part)
             if part not in ("", *_PARTS) or name not in known or (not part and name in _PARTS and name != "dropout"):
                 raise ValueError(f"unknown field {key!r}{_did_you_mean(key, _names())}")
+            if name in _PARTS and isinstance(value, Mapping):
+                value = _build(_PARTS[name], value, name)
             (parts.setdefault(part, {}) if part else top)[name] = value
         for part, changes in parts.items():
             if getattr(self, part) is None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,12 @@ from lrc_model.cache import KVCache
 from lrc_model.language import DecoderLayer, Drop, LanguageModel, PackedRows, apply_rope, attend, rope_tables
 
 PREFILL_CHUNK = 8192
+Clock = Callable[[str], AbstractContextManager[None]]
+
+
+def no_clock(stage: str) -> AbstractContextManager[None]:
+    """Measures nothing."""
+    return nullcontext()
 
 
 @torch.no_grad()
@@ -27,6 +34,7 @@ def prefill(
     sequence: int,
     chunk: int = PREFILL_CHUNK,
     max_new_tokens: int = 0,
+    clock: Clock = no_clock,
 ) -> Tensor:
     """Read one prompt into the cache and return the normalised hidden state [1, D] of its last row.
 
@@ -40,6 +48,7 @@ def prefill(
         sequence: its place in the cache.
         chunk: rows at a time.
         max_new_tokens: room that the cache reserves behind the prompt.
+        clock: a context manager per stage, "dropout" or "language"; see `lrc_model.waterfall`.
     """
     drop_of = {drop.budget.layer: drop for drop in drops}
     first_layers = sorted({0, *drop_of})
@@ -47,18 +56,20 @@ def prefill(
         rows = rows.with_rope(language.text, x.dtype)
         if first in drop_of:
             layer = language.model.typed_layers[first]
-            x, rows = _drop_stage(layer, x, rows, drop_of[first], cache, first, sequence, chunk, max_new_tokens)
+            with clock("dropout"):
+                x, rows = _drop_stage(layer, x, rows, drop_of[first], cache, first, sequence, chunk, max_new_tokens)
         for index in range(first, end):
             if cache.length(index, sequence) == 0:
                 like = x.new_empty(0, language.text.num_kv_heads, language.text.head_dim)
                 cache.reserve(index, sequence, x.shape[0] + max_new_tokens, like)
         for start in range(0, x.shape[0], chunk):
             part = slice(start, min(start + chunk, x.shape[0]))
-            h = x[part]
-            for index in range(first, end):
-                has_keys = index == first and first in drop_of
-                h = _layer_chunk(language.model.typed_layers[index], h, rows, part, cache, index, sequence, has_keys)
-            x[part] = h
+            with clock("language"):
+                h = x[part]
+                for index in range(first, end):
+                    layer = language.model.typed_layers[index]
+                    h = _layer_chunk(layer, h, rows, part, cache, index, sequence, index == first and first in drop_of)
+                x[part] = h
     return language.model.norm(x[-1:])
 
 

@@ -98,17 +98,23 @@ class LRCModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        config: LRCConfig | None = None,
     ) -> LRCModel:
         """A model from a checkpoint folder: our own, the public InternVideo2.5 shards, or transformers' layout.
 
         Args:
             dtype: cast to it; None keeps that of the checkpoint.
+            config: instead of the checkpoint's, e.g. with token dropout.
 
         Raises:
             FileNotFoundError, ValueError: naming the file, or the tensor that is missing, unknown or misshapen.
         """
-        config = read_config(path)
+        config = config or read_config(path)
         state, report = read_weights(path, config, dtype=dtype, device=device)
         dtype = report.dtype
         model = cls(

@@ -15,8 +15,8 @@ from torch import Tensor
 from lrc_kernels.attention.reference import accumulation_dtype, visible
 from lrc_kernels.attention.vendors import rows_contiguous
 
-# Rows of queries that share one additive mask, so that it stays small beside the keys they see.
-TILE_ROWS = 256
+# Rows of queries that share one additive mask, and its elements, so that it stays small however long the keys are.
+TILE_ROWS, TILE_ELEMENTS = 256, 2**18
 
 
 class _Tile(NamedTuple):
@@ -45,8 +45,9 @@ def _tiles(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_bias: Tens
         if key_bias is None and (unbounded or (right == 0 and offset == 0 and (left < 0 or left >= num_keys - 1))):
             yield _Tile(slice(q0, q1), slice(k0, k1), None, not unbounded)
             continue
-        for first in range(0, num_queries, TILE_ROWS):
-            last = min(first + TILE_ROWS, num_queries)
+        step = min(TILE_ROWS, max(16, TILE_ELEMENTS // num_keys))
+        for first in range(0, num_queries, step):
+            last = min(first + step, num_queries)
             low = 0 if left < 0 else max(0, first + offset - left)
             high = num_keys if right < 0 else min(num_keys, last + offset + right)
             if low < high:

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A long video through a model, stage by stage: seconds and GiB of decoding, ViT, merging, connector, language model,
+token dropout. In: a model and frames. Out: a Waterfall, as text, JSON or a picture."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc_kernels.checks import check_int
+from lrc_kernels.layout import VarlenLayout
+from lrc_kernels.packing import TemporalSampling, decode_frames, probe_video
+from lrc_model.cache import KVCache
+from lrc_model.chat import synthetic_frames
+from lrc_model.generate import PREFILL_CHUNK, prefill
+from lrc_model.language import PackedRows
+from lrc_model.model import LRCModel
+from lrc_model.plan import FRAME_TEXT_TOKENS
+
+STAGES = ("decode", "vision", "merge", "connector", "language", "dropout")
+GIB = 2**30
+# Words around the visual tokens. With random weights they mean nothing, so that any will do.
+_TEXT_ID = 1
+
+
+@dataclass
+class Waterfall:
+    """What a prefill took.
+
+    Attributes:
+        seconds: stage -> seconds, the device synchronised at both ends of each.
+        peak_bytes: stage -> most memory in use during it: of the GPU's allocator, else of the process.
+        num_frames, num_tokens: of the prompt. num_rows: rows that the last layer saw.
+        cache_bytes, visual_bytes: keys and values, and embeddings of the prompt: what grows with the video.
+        device: what it ran on.
+        next_word: the word that the prompt ends in, as proof that all of it was read.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    peak_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    num_frames: int = 0
+    num_tokens: int = 0
+    num_rows: int = 0
+    cache_bytes: int = 0
+    visual_bytes: int = 0
+    device: str = "cpu"
+    next_word: int = -1
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add what runs inside to a stage."""
+        on_gpu = self.device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] += time.perf_counter() - start
+        self.peak_bytes[stage] = max(self.peak_bytes[stage], self._memory())
+
+    def _memory(self) -> int:
+        if self.device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated(self.device)
+        # Linux counts in KiB, macOS in bytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        lines = [
+            f"{self.num_frames} frames -> {self.num_tokens} tokens, {self.num_rows} of them in the last layer, "
+            f"on {self.device}"
+        ]
+        for stage, seconds in self.seconds.items():
+            bar = "#" * round(40 * seconds / total) if total else ""
+            lines.append(f"  {stage:<10} {seconds:9.2f} s  {self.peak_bytes[stage] / GIB:6.2f} GiB  {bar}")
+        lines.append(
+            f"  {'all':<10} {total:9.2f} s  {max(self.peak_bytes.values()) / GIB:6.2f} GiB  keys and values "
+            f"{self.cache_bytes / GIB:.2f}, embeddings {self.visual_bytes / GIB:.2f} GiB"
+        )
+        return "\n".join(lines)
+
+
+def run_prefill(
+    model: LRCModel,
+    num_frames: int,
+    *,
+    video: str | Path | None = None,
+    frame_text: bool = False,
+    chunk: int = PREFILL_CHUNK,
+    chunk_clips: int = 4,
+    seed: int = 0,
+) -> Waterfall:
+    """Read a video of any length in bounded memory: only its merged tokens, keys and values grow with it.
+
+    Args:
+        num_frames: rounded up to whole clips.
+        video: a file to sample the frames from, over and over where it has fewer; None = noise.
+        frame_text: nine words per frame, as many as the public template writes; else the paper's 16 tokens per frame.
+        chunk: rows of the prompt in flight. chunk_clips: clips in flight in the ViT.
+        seed: of the noise and of random drops.
+
+    Raises:
+        FileNotFoundError, ValueError: a video that cannot be read, num_frames < 1.
+    """
+    check_int("num_frames", num_frames, minimum=1)
+    device = next(model.parameters()).device
+    clip, tokens = model.config.connector.clip_frames, model.config.connector.tokens_per_frame
+    num_frames = -(-num_frames // clip) * clip
+    fall = Waterfall(device=str(device), num_frames=num_frames)
+    with torch.no_grad():
+        visual = _prompt_mask(num_frames, tokens, frame_text, device)
+        x = model.language_model.embed(torch.full((len(visual),), _TEXT_ID, device=device))
+        # Visual tokens stand in order, so that the rows of each chunk of clips are known on the host.
+        where = visual.nonzero().squeeze(1)
+        filled = 0
+        for frames in _frame_chunks(model, num_frames, video, chunk_clips * clip, seed, fall):
+            encoded = _encode(model, frames, fall)
+            x[where[filled : filled + encoded.shape[0]]] = encoded
+            filled += encoded.shape[0]
+        rows = PackedRows.of(VarlenLayout([len(visual)], device), droppable=visual)
+        drops = model.drops(rows.layout, (num_frames * tokens,), rows, seed)
+        cache = KVCache(model.config.text.num_layers)
+        fall.visual_bytes = x.numel() * x.element_size()
+        number = cache.add_sequence()
+        last = prefill(model.language_model, x, rows, drops, cache, sequence=number, chunk=chunk, clock=fall.clock)
+        fall.next_word = int(model.language_model.logits(last).argmax())
+    fall.num_tokens, fall.cache_bytes = len(visual), cache.num_bytes
+    fall.num_rows = cache.length(cache.num_layers - 1, number)
+    return fall
+
+
+def _prompt_mask(num_frames: int, tokens: int, frame_text: bool, device: torch.device) -> Tensor:
+    """bool [T]: the visual tokens of a prompt that begins with one word and ends with the question's last."""
+    text = FRAME_TEXT_TOKENS if frame_text else 0
+    frame = torch.arange(text + tokens, device=device) >= text
+    one = torch.zeros(1, dtype=torch.bool, device=device)
+    return torch.cat([one, frame.repeat(num_frames), one])
+
+
+def _frame_chunks(
+    model: LRCModel, num_frames: int, video: str | Path | None, step: int, seed: int, fall: Waterfall
+) -> Iterator[Tensor]:
+    size, device = model.config.vision.image_size, next(model.parameters()).device
+    if video is None:
+        for start in range(0, num_frames, step):
+            with fall.clock("decode"):
+                frames = synthetic_frames(min(step, num_frames - start), size, device, seed + start)
+            yield frames
+        return
+    info = probe_video(video)
+    times = TemporalSampling.release().timestamps(
+        info.duration_s, min(num_frames, max(1, info.num_frames or num_frames))
+    )
+    for start in range(0, num_frames, step):
+        wanted = [float(times[i % len(times)]) for i in range(start, min(start + step, num_frames))]
+        with fall.clock("decode"):
+            frames = decode_frames(video, wanted, size=(size, size)).frames.to(device)
+        yield frames
+
+
+def _encode(model: LRCModel, frames: Tensor, fall: Waterfall) -> Tensor:
+    """[rows, D] of a few clips."""
+    with fall.clock("vision"):
+        patches = model.vision_model(frames, chunk_frames=frames.shape[0])
+    with fall.clock("merge"):
+        merged = model.connector.compress(patches)
+    with fall.clock("connector"):
+        return model.connector.project(merged).flatten(0, 1)
+
+
+def draw(falls: dict[str, Waterfall], path: str | Path) -> None:
+    """One bar of stages per form, as a PNG. ImportError where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(f"the picture needs matplotlib: pip install lrc-kernels[bench] ({error})") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1.5 + 0.5 * len(falls)), sharey=True)
+    names = list(falls)[::-1]
+    start = [0.0] * len(names)
+    for stage in STAGES:
+        seconds = [falls[name].seconds[stage] for name in names]
+        left.barh(names, seconds, left=start, label=stage)
+        start = [a + b for a, b in zip(start, seconds, strict=True)]
+    left.set_xlabel("seconds")
+    left.legend(fontsize="small", ncols=2)
+    right.barh(names, [max(falls[name].peak_bytes.values()) / GIB for name in names], color="tab:gray")
+    right.set_xlabel("peak GiB")
+    first = next(iter(falls.values()))
+    figure.suptitle(f"{first.num_frames} frames, {first.num_tokens} tokens, {first.device}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of `lrc-model`: a prefill whose memory does not grow, its ablations, a chat, conversion, bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lrc_model.ablation import ABLATIONS
+from lrc_model.chat import chat
+from lrc_model.cli import main
+from lrc_model.config import DropoutConfig, internvideo2_5_8b, preset, tiny
+from lrc_model.model import LRCModel
+from lrc_model.plan import GIB, check_fits, most_frames, prefill_cost
+from lrc_model.templates import Turn
+from lrc_model.waterfall import STAGES, run_prefill
+
+av = pytest.importorskip("av", reason="PyAV is not installed (pip install lrc-kernels[video])")
+DROPOUT = 'dropout={"layers": [1, 2], "keep_ratios": [0.5, 0.25], "kinds": ["bernoulli", "attention"]}'
+
+PEAK = """
+import resource, sys
+import torch
+from lrc_model.config import DropoutConfig, tiny
+from lrc_model.model import LRCModel
+from lrc_model.waterfall import run_prefill
+torch.set_num_threads(1)
+dropout = DropoutConfig((1, 2), (0.5, 0.25), ("random", "attention"))
+model = LRCModel.from_config(tiny().override({"dropout": dropout}))
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+fall = run_prefill(model, int(sys.argv[1]), chunk=256)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(peak - before - fall.cache_bytes - fall.visual_bytes)
+"""
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "moving.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for index in range(30):
+            picture = torch.zeros(64, 64, 3, dtype=torch.uint8)
+            picture[index : index + 16, 20:40] = 200
+            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+def test_four_times_the_frames_need_no_more_memory():
+    """Beyond keys, values and embeddings the peak of 2,048 frames is at most 1.2 times that of 512."""
+    peaks = []
+    for frames in (512, 2048):
+        run = subprocess.run([sys.executable, "-c", PEAK, str(frames)], capture_output=True, text=True, timeout=240)
+        assert run.returncode == 0, run.stderr
+        peaks.append(int(run.stdout))
+    assert 0 < peaks[1] <= 1.2 * peaks[0], peaks
+
+
+def test_prefill_shows_every_form(tmp_path, capsys, video):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib (pip install lrc-kernels[bench])")
+    options = ["--preset", "tiny", "--device", "cpu", "--frames", "42", "--video", str(video), "--frame-text"]
+    assert main(["prefill", *options, "--ablate", "--out", str(tmp_path), DROPOUT]) == 0
+    printed = capsys.readouterr().out
+    assert "44 frames -> 442 tokens, 409 of them in the last layer, on cpu" in printed
+    falls = json.loads((tmp_path / "waterfall.json").read_text())
+    assert set(falls) == {"ours", *ABLATIONS} and (tmp_path / "waterfall.png").stat().st_size > 5000
+    for name, fall in falls.items():
+        assert set(fall["seconds"]) == set(STAGES) and fall["seconds"]["vision"] > 0, name
+    assert falls["no merging"]["num_tokens"] == 2 + 44 * 13 and falls["no token dropout"]["num_rows"] == 442
+    assert falls["one shot"]["next_word"] == falls["ours"]["next_word"] == falls["eager PyTorch"]["next_word"]
+
+
+def test_a_prefill_reads_what_forward_reads():
+    """Frame by frame through the chunks, or all at once through `LRCModel.forward`: the same next word."""
+    dropout = DropoutConfig((1, 3), (0.5, 0.25), ("linspace", "attention"))
+    model = LRCModel.from_config(tiny().override({"dropout": dropout}), seed=3)
+    words = {run_prefill(model, 24, chunk=chunk, chunk_clips=clips).next_word for chunk, clips in ((7, 1), (99, 9))}
+    assert len(words) == 1
+
+
+def test_convert_and_chat(tmp_path, capsys, video):
+    assert main(["convert", "tiny", str(tmp_path / "tiny")]) == 0
+    options = ["--checkpoint", str(tmp_path / "tiny"), "--device", "cpu", "--max-new-tokens", "8", "--frames", "6"]
+    assert main(["chat", str(video), "What moves?", *options]) == 0
+    first = capsys.readouterr()
+    assert main(["chat", str(video), "What moves?", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1:] == first.out.splitlines()[-1:] and "random" not in first.err
+    assert main(["chat", str(video), "What moves?", "--device", "cpu", "--max-new-tokens", "1"]) == 0
+    assert "these weights are random" in capsys.readouterr().err
+
+
+def test_a_saved_model_is_the_model(tmp_path, video):
+    model = LRCModel.from_config(preset("tiny"), seed=5)
+    model.save_pretrained(tmp_path)
+    again = LRCModel.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    pieces = []
+    history = [Turn("user", "Hello"), Turn("assistant", "Hi")]
+    answer = chat(again, video, "And now?", history=history, num_frames=5, max_new_tokens=5, on_text=pieces.append)
+    assert "".join(pieces) == answer == chat(model, video, "And now?", history=history, num_frames=5, max_new_tokens=5)
+    assert LRCModel.from_pretrained(tmp_path, dtype=torch.bfloat16).connector.linear_1.weight.dtype == torch.bfloat16
+
+
+def test_plan_counts_what_the_model_holds():
+    for dropout in (None, DropoutConfig((1, 2), (0.5, 0.25), ("linspace", "attention"))):
+        config = tiny().override({"dropout": dropout})
+        model = LRCModel.from_config(config)
+        cost = prefill_cost(config, 64, bytes_per_value=4)
+        assert cost.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+        fall = run_prefill(model, 64)
+        words = 2 * config.text.num_layers * 2 * config.text.num_kv_heads * config.text.head_dim * 4
+        assert fall.cache_bytes == cost.cache + words and fall.num_tokens == cost.num_tokens + 2
+    config = internvideo2_5_8b()
+    assert prefill_cost(config, 10000).cache / GIB == pytest.approx(19.53, abs=0.01)
+    most = most_frames(config, 70 * GIB)
+    assert prefill_cost(config, most).memory <= 70 * GIB < prefill_cost(config, most + 4).memory
+    with pytest.raises(ValueError, match="100000 frames need 223.5 GiB .* at most 26420 frames do"):
+        check_fits(config, 100000, 80e9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prefill", "--preset", "tiny", "--frames", "0"], "num_frames must be >= 1, got 0"),
+        (["prefill", "--preset", "tiny", "--frames", "8", "--video", "/nope.mp4"], "/nope.mp4"),
+        (["prefill", "--preset", "tiny", "clip_fames=8"], "did you mean 'clip_frames'"),
+        (["prefill", "--preset", "tiny", "clip_frames"], "an override must read key=value, got 'clip_frames'"),
+        (["prefill", "--preset", "tiny", "--checkpoint", "/nope"], "got both"),
+        (["chat", "/nope.mp4", "What?", "--checkpoint", "/nope"], "/nope"),
+        (["chat", "/nope.mp4", "What?"], "/nope.mp4"),
+        (["chat", "/nope.mp4", " "], "question must hold some text"),
+        (["convert", "/nope", "/tmp/never"], "/nope"),
+        (["plan", "--frames", "100000"], "fewer frames, dropout, or a larger GPU"),
+        (["plan", "num_layers=4", "--dropout", "paper"], "dropout.layers must be < num_layers = 4"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("lrc-model: ") and error.count("\n") <= 2
