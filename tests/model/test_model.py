@@ -8,6 +8,7 @@ import torch
 
 from lrc_kernels.backend import record
 from lrc_kernels.packing import Sample, pack_samples
+from lrc_model.checkpoint import convert_checkpoint
 from lrc_model.config import DropoutConfig, tiny
 from lrc_model.model import LRCModel
 
@@ -138,3 +139,27 @@ def test_what_a_model_refuses():
         model.generate(batch, max_new_tokens=1)
     with pytest.raises(ValueError, match="dropout.layers must be < num_layers = 4"):
         tiny().override({"dropout": DropoutConfig((4,), (0.5,), ("random",))})
+
+
+def test_without_merging_the_logits_are_those_of_stock_internvl(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the specification (pip install [model])")
+    config = tiny().override({"tokens_per_frame": tiny().frame_tokens, "text.rope_theta": 1e4})
+    model = LRCModel.from_config(config, seed=2)
+    model.save_pretrained(tmp_path / "ours")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "hf", layout="transformers")
+    stock = transformers.InternVLForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    random = torch.Generator().manual_seed(0)
+    num_visual = 8 * config.tokens_per_frame
+    visual = torch.zeros(num_visual + 12, dtype=torch.bool)
+    visual[5 : 5 + num_visual] = True
+    ids = torch.randint(0, 250, (len(visual),), generator=random)
+    frames = torch.randint(0, 256, (8, 3, 56, 56), generator=random).to(torch.uint8)
+    batch = pack_samples([Sample(input_ids=ids, visual=visual, frames=frames)], clip_frames=4)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (frames / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        ours = model(batch, return_logits=True).logits
+        placed = torch.where(visual, stock.config.image_token_id, ids)
+        wanted = stock(input_ids=placed[None], pixel_values=pixels).logits[0]
+    assert wanted.abs().max() > 0.1
+    assert (ours - wanted).abs().max() <= 2e-5 * max(1.0, wanted.abs().max().item())
