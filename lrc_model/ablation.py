@@ -4,7 +4,6 @@ waterfall or why it has none."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,24 +75,41 @@ def measured_prefill(model: LRCModel, num_frames: int, **options: Any) -> Waterf
     return run_prefill(model, num_frames, **options)
 
 
-def ablate(model: LRCModel, num_frames: int, **options: Any) -> Iterator[tuple[str, Waterfall | str]]:
-    """(name, waterfall) of each public form, or (name, why it has none): out of memory, or nothing to replace."""
-    for name, form in ABLATIONS.items():
-        if name == "no token dropout" and model.config.dropout is None:
-            yield name, "this configuration drops nothing"
-            continue
-        if "merg" in name and not model.config.merges:
-            yield name, "this configuration merges nothing"
-            continue
-        changed, extra = form(copy.copy(model))
-        backend = extra.pop("backend", None)
-        try:
-            with use_backend(backend) if backend else _nothing():
-                yield name, measured_prefill(changed, num_frames, **{**options, **extra})
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            yield name, f"out of memory: {str(error).splitlines()[0]}"
+def _why_not(model: LRCModel, name: str) -> str | None:
+    if name == "no token dropout" and model.config.dropout is None:
+        return "this configuration drops nothing"
+    if name in ("published merge", "no merging") and not model.config.merges:
+        return "this configuration merges nothing"
+    return None
+
+
+def run_form(model: LRCModel, name: str, num_frames: int, **options: Any) -> Waterfall | str:
+    """The waterfall of "ours" or of a public form, or why it has none: out of memory, or nothing to replace."""
+    if (reason := _why_not(model, name)) is not None:
+        return reason
+    changed, extra = ABLATIONS[name](model) if name in ABLATIONS else (model, {})
+    backend = extra.pop("backend", None)
+    try:
+        with use_backend(backend) if backend else _nothing():
+            return measured_prefill(changed, num_frames, **{**options, **extra})
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return f"out of memory: {str(error).splitlines()[0]}"
+    finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def memory_curve(model: LRCModel, most_frames: int, **options: Any) -> dict[str, list[tuple[int, int]]]:
+    """form -> (frames, peak bytes) for 64, 128, ... frames up to `most_frames`, until the form runs out of memory."""
+    curve: dict[str, list[tuple[int, int]]] = {}
+    for name in ("ours", *ABLATIONS):
+        frames = min(64, most_frames)
+        while isinstance(fall := run_form(model, name, frames, **options), Waterfall):
+            curve.setdefault(name, []).append((fall.num_frames, fall.peak))
+            if frames == most_frames:
+                break
+            frames = min(2 * frames, most_frames)
+    return curve
 
 
 @contextmanager

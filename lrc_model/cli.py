@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from lrc_kernels.token_dropout import DropoutSchedule
-from lrc_model.ablation import ablate, measured_prefill
+from lrc_model.ablation import ABLATIONS, memory_curve, run_form
 from lrc_model.chat import MAX_NEW_TOKENS, chat
 from lrc_model.checkpoint import convert_checkpoint, read_config
 from lrc_model.config import PRESETS, DropoutConfig, LRCConfig, preset
 from lrc_model.generate import PREFILL_CHUNK
 from lrc_model.model import LRCModel
 from lrc_model.plan import GIB, GPUS, USABLE, check_fits, most_frames, prefill_cost
-from lrc_model.waterfall import Waterfall, draw
+from lrc_model.waterfall import Waterfall, draw, draw_curve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,18 +87,26 @@ def _prefill(args: argparse.Namespace) -> int:
         print(f"planned: {cost.memory / GIB:.1f} GiB of {total * USABLE / GIB:.1f} GiB usable", flush=True)
     model = _model(args, config)
     options = {"video": args.video, "frame_text": args.frame_text, "chunk": args.chunk, "chunk_clips": args.chunk_clips}
-    falls: dict[str, Waterfall] = {"ours": measured_prefill(model, args.frames, **options)}
-    print(falls["ours"], flush=True)
-    for name, result in ablate(model, args.frames, **options) if args.ablate else ():
-        print(f"\n{name}: {result}", flush=True)
+    falls: dict[str, Waterfall] = {}
+    for name in ("ours", *ABLATIONS) if args.ablate else ("ours",):
+        result = run_form(model, name, args.frames, **options)
+        print(f"{name}: {result}\n", flush=True)
         if isinstance(result, Waterfall):
             falls[name] = result
+    if not falls:
+        raise ValueError(f"--frames {args.frames} must fit the memory: see `lrc-model plan`")
+    curve = memory_curve(model, args.frames, **options) if args.curve else {}
+    for name, points in curve.items():
+        print(f"{name:<18}", *(f"{frames}: {peak / GIB:.2f} GiB" for frames, peak in points), sep="  ")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         values = {name: fall.to_dict() for name, fall in falls.items()}
         (args.out / "waterfall.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         draw(falls, args.out / "waterfall.png")
-        print(f"\nwrote {args.out / 'waterfall.json'} and {args.out / 'waterfall.png'}")
+        if curve:
+            (args.out / "memory.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
+            draw_curve(curve, args.out / "memory.png")
+        print(f"wrote {args.out}")
     return 0
 
 
@@ -157,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--chunk", type=int, default=PREFILL_CHUNK, help="rows of the prompt in flight")
     one.add_argument("--chunk-clips", type=int, default=4, help="clips in flight in the ViT")
     one.add_argument("--ablate", action="store_true", help="also replace each of our parts by its public form")
-    one.add_argument("--out", type=Path, help="folder for waterfall.json and waterfall.png")
+    one.add_argument("--curve", action="store_true", help="also the memory of every form over 64, 128, ... frames")
+    one.add_argument("--out", type=Path, help="folder for the figures, as JSON and PNG")
     _add_model(one, "internvideo2_5_8b")
 
     two = command("chat", _chat, "ask a question about a video")

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Waterfall:
 
     Attributes:
         seconds: stage -> seconds, the device synchronised at both ends of each.
-        peak_bytes: stage -> most memory in use during it: of the GPU's allocator, else of the process.
+        peak_bytes: stage -> most memory in use during it: of the GPU's allocator, else of the process (where the system
+            lets no process forget its peak, as outside of Linux, the peak since it started).
         num_frames, num_tokens: of the prompt. num_rows: rows that the last layer saw.
         cache_bytes, visual_bytes: keys and values, and embeddings of the prompt: what grows with the video.
         device: what it ran on.
@@ -61,7 +62,7 @@ class Waterfall:
         on_gpu = self.device.startswith("cuda")
         if on_gpu:
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self._forget_peak()
         start = time.perf_counter()
         yield
         if on_gpu:
@@ -69,15 +70,31 @@ class Waterfall:
         self.seconds[stage] += time.perf_counter() - start
         self.peak_bytes[stage] = max(self.peak_bytes[stage], self._memory())
 
+    def _forget_peak(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
     def _memory(self) -> int:
         if self.device.startswith("cuda"):
             return torch.cuda.max_memory_allocated(self.device)
-        # Linux counts in KiB, macOS in bytes.
+        status = Path("/proc/self/status")
+        if status.exists():
+            (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+            return int(line.split()[1]) * 1024
+        # macOS counts in bytes, other systems in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    @property
+    def peak(self) -> int:
+        """Bytes: the most of any stage."""
+        return max(self.peak_bytes.values())
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
@@ -89,7 +106,7 @@ class Waterfall:
             bar = "#" * round(40 * seconds / total) if total else ""
             lines.append(f"  {stage:<10} {seconds:9.2f} s  {self.peak_bytes[stage] / GIB:6.2f} GiB  {bar}")
         lines.append(
-            f"  {'all':<10} {total:9.2f} s  {max(self.peak_bytes.values()) / GIB:6.2f} GiB  keys and values "
+            f"  {'all':<10} {total:9.2f} s  {self.peak / GIB:6.2f} GiB  keys and values "
             f"{self.cache_bytes / GIB:.2f}, embeddings {self.visual_bytes / GIB:.2f} GiB"
         )
         return "\n".join(lines)
@@ -183,8 +200,7 @@ def _encode(model: LRCModel, frames: Tensor, fall: Waterfall) -> Tensor:
         return model.connector.project(merged).flatten(0, 1)
 
 
-def draw(falls: dict[str, Waterfall], path: str | Path) -> None:
-    """One bar of stages per form, as a PNG. ImportError where matplotlib is missing."""
+def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
@@ -192,6 +208,12 @@ def draw(falls: dict[str, Waterfall], path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(falls: dict[str, Waterfall], path: str | Path) -> None:
+    """One bar of stages per form, as a PNG. ImportError where matplotlib is missing."""
+    pyplot = _pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1.5 + 0.5 * len(falls)), sharey=True)
     names = list(falls)[::-1]
     start = [0.0] * len(names)
@@ -201,10 +223,23 @@ def draw(falls: dict[str, Waterfall], path: str | Path) -> None:
         start = [a + b for a, b in zip(start, seconds, strict=True)]
     left.set_xlabel("seconds")
     left.legend(fontsize="small", ncols=2)
-    right.barh(names, [max(falls[name].peak_bytes.values()) / GIB for name in names], color="tab:gray")
+    right.barh(names, [falls[name].peak / GIB for name in names], color="tab:gray")
     right.set_xlabel("peak GiB")
     first = next(iter(falls.values()))
     figure.suptitle(f"{first.num_frames} frames, {first.num_tokens} tokens, {first.device}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_curve(curve: dict[str, list[tuple[int, int]]], path: str | Path) -> None:
+    """Frames against peak memory, one line per form, as a PNG. ImportError where matplotlib is missing."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, points in curve.items():
+        axes.plot([frames for frames, _ in points], [peak / GIB for _, peak in points], marker="o", label=name)
+    axes.set(xscale="log", xlabel="frames", ylabel="peak GiB", title="a line ends where its form runs out of memory")
+    axes.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -153,6 +153,10 @@ fi
 if wanted model; then
   step model 540 "examples/demo.py" "$PYTHON -m examples.demo --help" \
     "$PYTHON" -m examples.demo --video synthetic:20 --out "$work/demo"
+  step prefill 540 "lrc_model/cli.py" "$PYTHON -m lrc_model.cli prefill --preset tiny --frames 64 --device cpu" \
+    "$PYTHON" -m lrc_model.cli prefill --frames 10000 --out "$work/prefill"
+  step ablation 540 "lrc_model/cli.py" "$PYTHON -m lrc_model.cli prefill --preset tiny --frames 64 --device cpu --ablate" \
+    "$PYTHON" -m lrc_model.cli prefill --frames 512 --dropout paper --ablate --out "$work/ablation"
 fi
 
 if wanted sanitize; then

@@ -31,8 +31,7 @@ dropout = DropoutConfig((1, 2), (0.5, 0.25), ("random", "attention"))
 model = LRCModel.from_config(tiny().override({"dropout": dropout}))
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 fall = run_prefill(model, int(sys.argv[1]), chunk=256)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak - before - fall.cache_bytes - fall.visual_bytes)
+print(fall.peak - before - fall.cache_bytes - fall.visual_bytes)
 """
 
 
@@ -68,11 +67,13 @@ def test_four_times_the_frames_need_no_more_memory():
 def test_prefill_shows_every_form(tmp_path, capsys, video):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib (pip install lrc-kernels[bench])")
     options = ["--preset", "tiny", "--device", "cpu", "--frames", "42", "--video", str(video), "--frame-text"]
-    assert main(["prefill", *options, "--ablate", "--out", str(tmp_path), DROPOUT]) == 0
+    assert main(["prefill", *options, "--ablate", "--curve", "--out", str(tmp_path), DROPOUT]) == 0
     printed = capsys.readouterr().out
     assert "44 frames -> 442 tokens, 409 of them in the last layer, on cpu" in printed
     falls = json.loads((tmp_path / "waterfall.json").read_text())
     assert set(falls) == {"ours", *ABLATIONS} and (tmp_path / "waterfall.png").stat().st_size > 5000
+    curve = json.loads((tmp_path / "memory.json").read_text())
+    assert set(curve) == set(falls) and all(points[0][0] == 44 and points[0][1] > 1e8 for points in curve.values())
     for name, fall in falls.items():
         assert set(fall["seconds"]) == set(STAGES) and fall["seconds"]["vision"] > 0, name
     assert falls["no merging"]["num_tokens"] == 2 + 44 * 13 and falls["no token dropout"]["num_rows"] == 442

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
-STEPS = ["machine", "build", "report", "test_ops", "test_rest", "bench", "bench_report", "model"]
+STEPS = ["machine", "build", "report", "test_ops", "test_rest", "bench", "bench_report", "model", "prefill", "ablation"]
 STEPS += ["memcheck_cuda", "memcheck_triton", "racecheck_cuda", "racecheck_triton"]
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="no coreutils `timeout`")
 
