@@ -113,6 +113,8 @@ def test_column_sums(bench, device, full_size, model):
         assert abs(float(output.double().sum()) / length - 1) <= 2e-2
 
     contestants = {"eager": lambda q, k, lse: probabilities(q, k).softmax(-1).sum(1).mean(0)}
+    if device.type == "cuda" and (colreduce := peers.flash_colreduce()) is not None:
+        contestants["flash_colreduce"] = lambda q, k, lse: colreduce(q, k)
     bench(
         ours,
         bytes_moved=2 * length * head_dim * (query_heads + kv_heads),
