@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One prefill, from pixels to the next word, over the frame count: with the kernels, with the references under them,
-and in stock transformers without token merging. `lrc-model prefill --ablate` shows the stages and their memory."""
+and in stock transformers without token merging; time, and the peak of the whole process or GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lrc_kernels.packing import Sample, pack_samples
 from lrc_model.chat import synthetic_frames
 from lrc_model.checkpoint import convert_checkpoint
 from lrc_model.config import internvideo2_5_8b, tiny
+from lrc_model.memory import forget_peak, peak_memory
 from lrc_model.model import LRCModel
 
 transformers = pytest.importorskip(
@@ -91,6 +92,12 @@ def test_prefill(bench, device, models, num_frames):
     flops = 2 * rows * sum(p.numel() for p in model.language_model.parameters())
     flops += 2 * num_frames * patches * sum(p.numel() for p in model.vision_model.parameters())
     peers = {"references": references} | ({} if stock is None else {"published": published})
+    peaks = {}
+    for name, form in {"ours": ours, **peers}.items():
+        inputs = make(0)
+        forget_peak(device)
+        form(*inputs)
+        peaks[f"peak_mib_{name}"] = round(peak_memory(device) / 2**20, 1)
     bench(
         ours,
         peers=peers,
@@ -101,4 +108,5 @@ def test_prefill(bench, device, models, num_frames):
         frames=num_frames,
         tokens=rows,
         hidden_size=text.hidden_size,
+        **peaks,
     )

@@ -12,7 +12,16 @@ from torch import Tensor
 from lrc_kernels.layout import VarlenLayout
 from lrc_kernels.token_dropout import drop_tokens, query_rows
 from lrc_model.cache import KVCache
-from lrc_model.language import DecoderLayer, Drop, LanguageModel, PackedRows, apply_rope, attend, rope_tables
+from lrc_model.language import (
+    DecoderLayer,
+    Drop,
+    LanguageModel,
+    PackedRows,
+    apply_rope,
+    attend,
+    rope_tables,
+    warn_past_trained,
+)
 
 PREFILL_CHUNK = 8192
 Clock = Callable[[str], AbstractContextManager[None]]
@@ -52,6 +61,7 @@ def prefill(
     """
     drop_of = {drop.budget.layer: drop for drop in drops}
     first_layers = sorted({0, *drop_of})
+    warn_past_trained(x.shape[0], language.text)
     for first, end in zip(first_layers, [*first_layers[1:], len(language.model.typed_layers)], strict=True):
         rows = rows.with_rope(language.text, x.dtype)
         if first in drop_of:
@@ -62,8 +72,7 @@ def prefill(
             if cache.length(index, sequence) == 0:
                 like = x.new_empty(0, language.text.num_kv_heads, language.text.head_dim)
                 cache.reserve(index, sequence, x.shape[0] + max_new_tokens, like)
-        for start in range(0, x.shape[0], chunk):
-            part = slice(start, min(start + chunk, x.shape[0]))
+        for part in _parts(x.shape[0], chunk):
             with clock("language"):
                 h = x[part]
                 for index in range(first, end):
@@ -73,27 +82,34 @@ def prefill(
     return language.model.norm(x[-1:])
 
 
+def _parts(num_rows: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk)]
+
+
 def _drop_stage(
     layer: DecoderLayer, x: Tensor, rows: PackedRows, drop: Drop, cache: KVCache, index: int, sequence: int, chunk: int,
     max_new_tokens: int,
 ) -> tuple[Tensor, PackedRows]:  # fmt: skip
     """Select among all rows of the prompt; the keys and values of those that stay go into the cache."""
     attn = layer.self_attn
-    k, v = (x.new_empty(x.shape[0], layer.text.num_kv_heads, layer.text.head_dim) for _ in range(2))
-    for start in range(0, x.shape[0], chunk):
-        h = layer.input_layernorm(x[start : start + chunk])
-        k[start : start + chunk] = attn.project(attn.k_proj, h)
-        v[start : start + chunk] = attn.project(attn.v_proj, h)
+    k, v, turned = (x.new_empty(x.shape[0], layer.text.num_kv_heads, layer.text.head_dim) for _ in range(3))
+    for part in _parts(x.shape[0], chunk):
+        h = layer.input_layernorm(x[part])
+        k[part] = attn.project(attn.k_proj, h)
+        v[part] = attn.project(attn.v_proj, h)
+        turned[part] = apply_rope(k[part], *(table[part] for table in rows.tables))
     scores = None
     if drop.mode == "topk":
         asking = query_rows(rows.layout, rows.targets)
         q = attn.project(attn.q_proj, layer.input_layernorm(x[asking[0]]))
-        scores = layer.scores(q, k, rows, asking)
+        scores = layer.scores(q, turned, rows, asking)
+    del turned
     selection = drop.select(rows, scores)
     x, k, v = drop_tokens((x, k, v), selection)
     rows = rows.drop(selection, drop.budget.positions).with_rope(layer.text, x.dtype)
     cache.reserve(index, sequence, x.shape[0] + max_new_tokens, k)
-    cache.append(index, sequence, apply_rope(k, *rows.tables), v)
+    for part in _parts(x.shape[0], chunk):
+        cache.append(index, sequence, apply_rope(k[part], *(table[part] for table in rows.tables)), v[part])
     return x, rows
 
 

@@ -7,6 +7,7 @@ rows and before the rotary embedding, tokens are scored, selected and gathered, 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -123,6 +124,17 @@ def rope_tables(
     return angle.cos(), angle.sin()
 
 
+def warn_past_trained(num_rows: int, text: TextConfig) -> None:
+    """Say once that a sequence is longer than the positions that were trained, and what is done about it."""
+    if not torch.compiler.is_compiling() and num_rows > text.max_position:
+        scaling = "RoPE is not scaled" if text.rope_factor is None else f"dynamic NTK, factor {text.rope_factor}, is on"
+        warnings.warn(
+            f"a sequence is longer than the {text.max_position} trained positions ({scaling}): answers may suffer; "
+            "fewer frames, or renumbered positions with token dropout, stay within them",
+            stacklevel=3,
+        )
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, H, K] turned by cos and sin [T, K], computed in their dtype and rounded once."""
     first, second = x.chunk(2, -1)
@@ -217,14 +229,14 @@ class DecoderLayer(nn.Module):
     def scores(self, q: Tensor, k: Tensor, rows: PackedRows, asking: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """fp32 [T]: how much the query rows of each sequence attend to each row. No gradient.
 
-        `asking` is what `query_rows` gives, q [R, Hq, K] of these rows, k [T, Hkv, K], both not turned yet.
+        `asking` is what `query_rows` gives; q [R, Hq, K] of these rows, not turned yet; k [T, Hkv, K], turned.
         """
         with torch.no_grad():
             row, sequence, position = asking
             cos, sin = rows.tables
             return attention_scores(
                 apply_rope(q, cos[row], sin[row]),
-                apply_rope(k, cos, sin),
+                k,
                 cu_seqlens_k=rows.layout,
                 query_sequence=sequence,
                 query_position=position,
@@ -239,7 +251,7 @@ class DecoderLayer(nn.Module):
             scores = None
             if drop.mode == "topk":
                 asking = query_rows(rows.layout, rows.targets)
-                scores = self.scores(q[asking[0]], k, rows, asking)
+                scores = self.scores(q[asking[0]], apply_rope(k.detach(), *rows.tables), rows, asking)
             selection = drop.select(rows, scores)
             x, q, k, v = drop_tokens((x, q, k, v), selection)
             rows = rows.drop(selection, drop.budget.positions).with_rope(self.text, x.dtype)
@@ -306,6 +318,7 @@ class LanguageModel(nn.Module):
             recompute: keep only the input of every layer and compute it again in the backward.
         """
         drop_of = {drop.budget.layer: drop for drop in drops}
+        warn_past_trained(rows.layout.max_seqlen, self.text)
         rows = rows.with_rope(self.text, x.dtype)
         for index, layer in enumerate(self.model.typed_layers):
             if recompute and torch.is_grad_enabled():

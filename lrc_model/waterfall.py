@@ -4,11 +4,9 @@ token dropout. In: a model and frames. Out: a Waterfall, as text, JSON or a pict
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from lrc_model.cache import KVCache
 from lrc_model.chat import synthetic_frames
 from lrc_model.generate import PREFILL_CHUNK, prefill
 from lrc_model.language import PackedRows
+from lrc_model.memory import forget_peak, peak_memory
 from lrc_model.model import LRCModel
 from lrc_model.plan import FRAME_TEXT_TOKENS
 
@@ -62,30 +61,13 @@ class Waterfall:
         on_gpu = self.device.startswith("cuda")
         if on_gpu:
             torch.cuda.synchronize(self.device)
-        self._forget_peak()
+        forget_peak(self.device)
         start = time.perf_counter()
         yield
         if on_gpu:
             torch.cuda.synchronize(self.device)
         self.seconds[stage] += time.perf_counter() - start
-        self.peak_bytes[stage] = max(self.peak_bytes[stage], self._memory())
-
-    def _forget_peak(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def _memory(self) -> int:
-        if self.device.startswith("cuda"):
-            return torch.cuda.max_memory_allocated(self.device)
-        status = Path("/proc/self/status")
-        if status.exists():
-            (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-            return int(line.split()[1]) * 1024
-        # macOS counts in bytes, other systems in KiB.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.peak_bytes[stage] = max(self.peak_bytes[stage], peak_memory(self.device))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

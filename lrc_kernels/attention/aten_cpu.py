@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrc_kernels.attention.reference import accumulation_dtype, visible
+from lrc_kernels.attention.reference import accumulation_dtype, merge_partials, visible
 from lrc_kernels.attention.vendors import rows_contiguous
 
 # Rows of queries that share one additive mask, and its elements, so that it stays small however long the keys are.
@@ -20,12 +20,14 @@ TILE_ROWS, TILE_ELEMENTS = 256, 2**18
 
 
 class _Tile(NamedTuple):
-    """One call of the kernel: rows of q, rows of k, and either a mask [rows, keys] or top-left causality or neither."""
+    """One call of the kernel: rows of q, rows of k, and either a mask [rows, keys] or top-left causality or neither;
+    `joins` where an earlier tile has seen other keys of the same rows."""
 
     rows: slice
     keys: slice
     mask: Tensor | None
     causal: bool
+    joins: bool = False
 
 
 def supports_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
@@ -41,9 +43,14 @@ def _tiles(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_bias: Tens
         if num_queries == 0 or num_keys == 0:
             continue
         offset = num_keys - num_queries
-        unbounded = (right < 0 or right >= num_queries - 1) and (left < 0 or left >= num_keys - 1)
-        if key_bias is None and (unbounded or (right == 0 and offset == 0 and (left < 0 or left >= num_keys - 1))):
-            yield _Tile(slice(q0, q1), slice(k0, k1), None, not unbounded)
+        open_left = left < 0 or left >= num_keys - 1
+        unbounded = (right < 0 or right >= num_queries - 1) and open_left
+        if key_bias is None and open_left and (unbounded or (right == 0 and offset >= 0)):
+            # The keys that all queries see, then the square on the diagonal: no mask, however many keys there are.
+            start = 0 if unbounded else offset
+            if start > 0:
+                yield _Tile(slice(q0, q1), slice(k0, k0 + start), None, False)
+            yield _Tile(slice(q0, q1), slice(k0 + start, k1), None, not unbounded, start > 0)
             continue
         step = min(TILE_ROWS, max(16, TILE_ELEMENTS // num_keys))
         for first in range(0, num_queries, step):
@@ -90,7 +97,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *pack: Any) -> tuple[Tensor, Tensor
             spoiled = suspect & _sees_nonfinite(tile, q_tile, k_tile)
             lse_tile = lse_tile.masked_fill(spoiled, torch.nan)
             out_tile = out_tile.masked_fill(spoiled.T[..., None], torch.nan)
-        out[tile.rows], lse[:, tile.rows] = out_tile, lse_tile
+        if tile.joins:
+            # `merge_partials` takes a NaN lse for a block without keys; here every block has some.
+            spoiled = lse[:, tile.rows].isnan() | lse_tile.isnan()
+            out_tile, lse_tile = merge_partials(out[tile.rows], lse[:, tile.rows], out_tile, lse_tile)
+            out_tile, lse_tile = (
+                out_tile.masked_fill(spoiled.T[..., None], torch.nan),
+                lse_tile.masked_fill(spoiled, torch.nan),
+            )
+        out[tile.rows], lse[:, tile.rows] = out_tile.to(out.dtype), lse_tile
     return out, lse
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lrc_kernels import VarlenLayout
 from lrc_model import convert
 from lrc_model.config import LRCConfig, TextConfig, internvideo2_5_8b, tiny
 from lrc_model.connector import Connector
+from lrc_model.language import LanguageModel, PackedRows
 from lrc_model.public_config import to_transformers
 from lrc_model.vision import VisionConfig, VisionEncoder
 
@@ -214,18 +216,21 @@ def test_internlm2_weights_compute_the_same_logits_in_llama_layout(rope_factor: 
     text = TextConfig(**{**TEXT.__dict__, "rope_factor": rope_factor})
     layout = convert.internlm2_layout(text)
     public = random_like(layout)
-    model = llama(text).eval()
+    model, ours = llama(text).eval(), LanguageModel.empty(text)
     state = {n.removeprefix("language_model."): t for n, t in convert.import_state(public, layout).items()}
     model.load_state_dict(state, strict=True)
+    ours.load_state_dict(state, strict=True, assign=True)
     double = {name: value.double() for name, value in public.items()}
     # Within the trained range, at its end, past it, and short again after a long prompt.
     for length in (5, 24, 25, 90, 5):
         ids = torch.randint(0, text.vocab_size, (length,))
         with torch.no_grad():
             actual, wanted = model(ids.unsqueeze(0)).logits[0], internlm2(ids, double, text)
+            hidden, _ = ours(ours.embed(ids), PackedRows.of(VarlenLayout([length])))
         scale = float(wanted.abs().max())
         assert 1 < scale < 20
-        assert float((actual - wanted).abs().max()) <= 2e-5, length
+        for logits in (actual, ours.logits(hidden)):
+            assert float((logits - wanted).abs().max()) <= 2e-5, length
 
 
 def test_rope_base_is_the_public_one_past_the_trained_range() -> None:

@@ -2,6 +2,7 @@
 """The language model against transformers' Llama, packs against single sequences, and caches against recomputation."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -190,3 +191,14 @@ def test_a_long_prompt_leaves_nothing_behind():
     long_ids, long_rows = make_rows([60])
     model(model.embed(long_ids), long_rows)
     assert torch.equal(model(model.embed(ids), rows)[0], before)
+
+
+def test_past_the_trained_positions_it_warns():
+    model = make_model()
+    ids, rows = make_rows([25])
+    with pytest.warns(UserWarning, match="longer than the 24 trained positions .dynamic NTK, factor 2.0, is on."):
+        model(model.embed(ids), rows)
+    ids, rows = make_rows([24])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(model.embed(ids), rows)
