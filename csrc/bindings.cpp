@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "cpu/isa.h"
+#include "cpu/packing.h"
 #include "cpu/tome.h"
 #ifdef LRC_WITH_CUDA
 #include "lrc/device.h"
@@ -76,6 +77,35 @@ void tome_gather(uintptr_t y, int dtype, int64_t num_rows, uintptr_t assign, uin
                          threads});
 }
 
+int64_t pack_samples(uintptr_t num_tokens, uintptr_t num_frames, uintptr_t cost, uintptr_t keep, int64_t num_samples,
+                     int64_t num_kept, uint64_t seed, uint64_t epoch, int strategy, int64_t max_tokens,
+                     int64_t max_frames, double max_cost, int64_t open_packs, int64_t window, uintptr_t sample_index,
+                     uintptr_t pack_ptr, uintptr_t pack_tokens, uintptr_t pack_frames, uintptr_t pack_cost) {
+  return lrc::cpu::pack_samples({pointer<int64_t>(num_tokens),
+                                 pointer<int64_t>(num_frames),
+                                 pointer<double>(cost),
+                                 pointer<uint8_t>(keep),
+                                 num_samples,
+                                 num_kept,
+                                 seed,
+                                 epoch,
+                                 static_cast<lrc::cpu::PackStrategy>(strategy),
+                                 max_tokens,
+                                 max_frames,
+                                 max_cost,
+                                 open_packs,
+                                 window,
+                                 pointer<int64_t>(sample_index),
+                                 pointer<int64_t>(pack_ptr),
+                                 pointer<int64_t>(pack_tokens),
+                                 pointer<int64_t>(pack_frames),
+                                 pointer<double>(pack_cost)});
+}
+
+void pack_permutation(int64_t n, uint64_t seed, uint64_t epoch, uint64_t stream, uintptr_t permutation) {
+  lrc::cpu::pack_permutation(n, seed, epoch, stream, pointer<int64_t>(permutation));
+}
+
 #ifdef LRC_WITH_CUDA
 void cuda_tome_head_mean(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens,
                          int64_t num_heads, uintptr_t metric, uintptr_t stream) {
@@ -124,6 +154,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("tome_gather", &tome_gather, NoGil(), py::arg("y"), py::arg("dtype"), py::arg("num_rows"), py::arg("assign"),
         py::arg("size"), py::arg("weight"), py::arg("rows"), py::arg("num_tokens"), py::arg("x"),
         py::arg("threads") = 1);
+  m.def("pack_samples", &pack_samples, NoGil(), py::arg("num_tokens"), py::arg("num_frames"), py::arg("cost"),
+        py::arg("keep"), py::arg("num_samples"), py::arg("num_kept"), py::arg("seed"), py::arg("epoch"),
+        py::arg("strategy"), py::arg("max_tokens"), py::arg("max_frames"), py::arg("max_cost"), py::arg("open_packs"),
+        py::arg("window"), py::arg("sample_index"), py::arg("pack_ptr"), py::arg("pack_tokens"),
+        py::arg("pack_frames"), py::arg("pack_cost"));
+  m.def("pack_permutation", &pack_permutation, NoGil(), py::arg("n"), py::arg("seed"), py::arg("epoch"),
+        py::arg("stream"), py::arg("permutation"));
 #ifdef LRC_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_device_status", &lrc::device_status,

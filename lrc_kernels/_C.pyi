@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native module: addresses of tensors in (`Tensor.data_ptr()`), nothing out. csrc/cpu/tome.h says what each is."""
+"""The native module: addresses of tensors in (`Tensor.data_ptr()`), nothing out. csrc/cpu/*.h say what each is."""
 
 TokenRows = tuple[int, ...] | list[int]
 
@@ -57,6 +57,28 @@ def tome_gather(
     x: int,
     threads: int = 1,
 ) -> None: ...
+def pack_samples(
+    num_tokens: int,
+    num_frames: int,
+    cost: int,
+    keep: int,
+    num_samples: int,
+    num_kept: int,
+    seed: int,
+    epoch: int,
+    strategy: int,
+    max_tokens: int,
+    max_frames: int,
+    max_cost: float,
+    open_packs: int,
+    window: int,
+    sample_index: int,
+    pack_ptr: int,
+    pack_tokens: int,
+    pack_frames: int,
+    pack_cost: int,
+) -> int: ...
+def pack_permutation(n: int, seed: int, epoch: int, stream: int, permutation: int) -> None: ...
 def cuda_device_status() -> str | None: ...
 def cuda_tome_head_mean(
     x: int, dtype: int, rows: TokenRows, num_tokens: int, num_heads: int, metric: int, stream: int

@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From video files to batches: which moments to look at, the frames shown at them, and packs of whole samples."""
+"""From video files to batches: which moments to look at, the frames shown at them, which samples share a pack, and packs
+of tensors ready for the model."""
 
 from lrc_kernels.packing.batch import PackedBatch, Sample, pack_samples
+from lrc_kernels.packing.config import CostModel, PackConfig
 from lrc_kernels.packing.media import MediaSlice
+from lrc_kernels.packing.plan import OverlongSampleError, PackPlan, PackStats, plan_packs
 from lrc_kernels.packing.sampling import TemporalSampling
 from lrc_kernels.packing.video import DecodedVideo, VideoInfo, decode_frames, probe_video, video_activity
 
 __all__ = [
+    "CostModel",
     "DecodedVideo",
     "MediaSlice",
+    "OverlongSampleError",
+    "PackConfig",
+    "PackPlan",
+    "PackStats",
     "PackedBatch",
     "Sample",
     "TemporalSampling",
     "VideoInfo",
     "decode_frames",
     "pack_samples",
+    "plan_packs",
     "probe_video",
     "video_activity",
 ]
