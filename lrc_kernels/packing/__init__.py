@@ -3,16 +3,23 @@
 of tensors ready for the model."""
 
 from lrc_kernels.packing.batch import PackedBatch, Sample, pack_samples
+from lrc_kernels.packing.build import build_index
 from lrc_kernels.packing.config import CostModel, PackConfig
+from lrc_kernels.packing.index import Index, IndexStaleError
 from lrc_kernels.packing.media import MediaSlice
 from lrc_kernels.packing.plan import OverlongSampleError, PackPlan, PackStats, plan_packs
 from lrc_kernels.packing.sampling import TemporalSampling
+from lrc_kernels.packing.template import ChatTemplate, MediaTokenMismatch, Tokenizer
 from lrc_kernels.packing.video import DecodedVideo, VideoInfo, decode_frames, probe_video, video_activity
 
 __all__ = [
+    "ChatTemplate",
     "CostModel",
     "DecodedVideo",
+    "Index",
+    "IndexStaleError",
     "MediaSlice",
+    "MediaTokenMismatch",
     "OverlongSampleError",
     "PackConfig",
     "PackPlan",
@@ -20,7 +27,9 @@ __all__ = [
     "PackedBatch",
     "Sample",
     "TemporalSampling",
+    "Tokenizer",
     "VideoInfo",
+    "build_index",
     "decode_frames",
     "pack_samples",
     "plan_packs",
