@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From video files to batches: which moments to look at, the frames shown at them, which samples share a pack, and packs
-of tensors ready for the model."""
+"""From video files to batches: which moments to look at, the frames shown at them, which samples share a pack, and
+packs of tensors ready for the model."""
 
 from lrc_kernels.packing.batch import PackedBatch, Sample, pack_samples
 from lrc_kernels.packing.build import build_index

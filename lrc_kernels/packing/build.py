@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,12 +103,13 @@ def build_index(
     builder = _Builder(encoder, sampling, tokens_per_frame, max_tokens, allow_outside_root)
     _write_parts(samples, builder, work, chunk, threads)
     parts = sorted(work.glob("part-*.npz"))
-    meta["roots"] = list(dict.fromkeys(root for part in parts for root in _strings(part, "roots")))
+    roots = list(dict.fromkeys(root for part in parts for root in _strings(part, "roots")))
+    meta["roots"] = roots
     _report(parts, invalid)
     folder = work / "index"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    arrays = _join(parts, folder, meta["roots"])
+    arrays = _join(parts, folder, roots)
     meta["num_samples"] = len(arrays["status"])
     meta["digest"] = index_module.content_digest(arrays, meta)
     del arrays
@@ -191,9 +192,7 @@ class _Builder:
         num_frames = 0 if info is None else self.sampling.num_frames(length)
         clip = self.sampling.multiple_of
         while True:
-            ids, flags = self.encoder.encode(
-                sample.turns, num_frames=num_frames, duration_s=length, where=sample.where
-            )
+            ids, flags = self.encoder.encode(sample.turns, num_frames=num_frames, duration_s=length, where=sample.where)
             num_tokens = len(ids) + num_frames * (self.tokens_per_frame - 1)
             excess = 0 if self.max_tokens is None else num_tokens - self.max_tokens
             if excess <= 0 or num_frames <= clip:
@@ -228,7 +227,9 @@ def _prepare(work: Path, inputs: dict[str, Any]) -> None:
 def _existing(target: Path, meta: dict[str, Any]) -> Index:
     index = Index.load(target)
     if differs := [name for name, value in meta.items() if index.meta.get(name) != json.loads(json.dumps(value))]:
-        raise FileExistsError(f"{target} holds an index from another {', '.join(differs)}: remove it or write elsewhere")
+        raise FileExistsError(
+            f"{target} holds an index from another {', '.join(differs)}: remove it or write elsewhere"
+        )
     return index
 
 
@@ -254,13 +255,15 @@ def _save(part: Path, rows: list[Row]) -> None:
     }
     arrays["differs"] = np.array([row["differs"] for row in rows], dtype=bool)
     for name in (*RAGGED, "roots"):
-        values = [np.frombuffer(row[name].encode(), np.uint8) if isinstance(row[name], str) else row[name] for row in rows]
+        values = [
+            np.frombuffer(row[name].encode(), np.uint8) if isinstance(row[name], str) else row[name] for row in rows
+        ]
         arrays[f"{name}_len"] = np.array([len(value) for value in values], dtype=np.int64)
         arrays[name] = np.concatenate(values)
     # A part is there only when it is whole.
     temporary = part.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     os.replace(temporary, part)
 
 
@@ -272,7 +275,8 @@ def _strings(part: Path, name: str) -> list[str]:
 
 def _report(parts: list[Path], invalid: str) -> None:
     """Raise for annotations that cannot be right; warn of videos that cannot be read or last another time."""
-    counts, differs, media, errors = dict.fromkeys((UNREADABLE, NO_VIDEO, OVERLONG, INVALID), 0), 0, 0, {}
+    counts, differs, media = dict.fromkeys((UNREADABLE, NO_VIDEO, OVERLONG, INVALID), 0), 0, 0
+    errors: dict[int, list[str]] = {}
     for part in parts:
         with np.load(part, allow_pickle=False) as arrays:
             status, differs = arrays["status"], differs + int(arrays["differs"].sum())
@@ -288,13 +292,15 @@ def _report(parts: list[Path], invalid: str) -> None:
         raise ValueError(f"{counts[INVALID]} annotations cannot be right:\n  {listed}")
     unread = counts[UNREADABLE] + counts[NO_VIDEO]
     if unread and unread == media:
-        raise ValueError(f"none of the {media} videos can be read:\n  " + "\n  ".join(sum(errors.values(), [])[:5]))
+        raise ValueError(f"none of the {media} videos can be read:\n  " + "\n  ".join(chain(*errors.values())))
     kinds = {UNREADABLE: "unreadable videos", NO_VIDEO: "files without video", OVERLONG: "over-long samples"}
     for code, what in {**kinds, INVALID: "invalid annotations"}.items():
         if counts[code]:
             warnings.warn(f"{counts[code]} {what}, the first: {'; '.join(errors[code])}", stacklevel=3)
     if differs:
-        message = f"{differs} videos differ from the duration in their annotation by more than 1 s or 5 %; theirs counts"
+        message = (
+            f"{differs} videos differ from the duration in their annotation by more than 1 s or 5 %; theirs counts"
+        )
         warnings.warn(message, stacklevel=3)
 
 

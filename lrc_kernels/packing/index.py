@@ -112,9 +112,7 @@ class Index:
         names = {"num_tokens": "n_tokens", "num_frames": "n_frames", "num_supervised": "n_supervised"}
         return {name: self.columns[column] for name, column in names.items()}
 
-    def tokens(
-        self, sample_id: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def tokens(self, sample_id: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """(input_ids, labels with -100 where nothing is learnt, visual), each [n_tokens], placeholders repeated."""
         ids, flags = self._ragged("tokens", sample_id), self._ragged("flags", sample_id)
         times = np.where(flags & VISUAL, self.tokens_per_frame, 1)

@@ -225,8 +225,8 @@ def plan_packs(
     twice; samples without tokens, or without supervised ones, are left out and counted.
 
     Args:
-        index_or_lengths: an Index, integers [n], or a mapping of such columns: "num_tokens", and where known "num_frames" (0
-            where left out) and "num_supervised" (all where left out).
+        index_or_lengths: an Index, integers [n], or a mapping of such columns: "num_tokens", and where known
+            "num_frames" (0 where left out) and "num_supervised" (all where left out).
         config: budgets and strategy; None is PackConfig().
         seed, epoch: at least 0, below 2^64.
         packs_per_step: packs of one optimizer step over all data-parallel ranks and accumulation.

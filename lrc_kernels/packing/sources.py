@@ -10,6 +10,7 @@ import math
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,11 +183,13 @@ class _Entry:
                 yield _parsed(f"{shard}:{key}.json", record, self.root, name, videos.get(key))
 
 
-def _open_tar(path: Path) -> tarfile.TarFile:
+@contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        return tarfile.open(path, "r:")
+        with tarfile.open(path, "r:") as tar:
+            yield tar
     except tarfile.TarError as error:
-        raise ValueError(f"{path}: must be an uncompressed tar: {error}") from None
+        raise ValueError(f"{path}: must be a whole uncompressed tar: {error}") from None
 
 
 def _parsed(

@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
         """Ids of plain text; the spelling of a special token in it is text too."""
 
 
-class MediaTokenMismatch(ValueError):
+class MediaTokenMismatch(ValueError):  # noqa: N818
     """The places for frames in a text are not those that its video needs.
 
     Args:

@@ -18,7 +18,8 @@ TOKENS_PER_FRAME = 2
 class ByteTokenizer:
     """Bytes as ids, and four special tokens behind them."""
 
-    special_tokens = {"<IMG_CONTEXT>": 256, "<|im_start|>": 257, "<|im_end|>": 258, "<img>": 259}
+    def __init__(self) -> None:
+        self.special_tokens = {"<IMG_CONTEXT>": 256, "<|im_start|>": 257, "<|im_end|>": 258, "<img>": 259}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

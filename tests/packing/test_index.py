@@ -17,7 +17,15 @@ from lrc_kernels.packing import Index, IndexStaleError, build_index, decode_fram
 from lrc_kernels.packing import build as build_module
 from lrc_kernels.packing.sources import SourceSample
 from lrc_kernels.packing.template import ChatTemplate, Encoder, MediaTokenMismatch
-from tests.packing.datasets import SAMPLING, TEMPLATE, TOKENS_PER_FRAME, ByteTokenizer, talk, write_dataset, write_videos
+from tests.packing.datasets import (
+    SAMPLING,
+    TEMPLATE,
+    TOKENS_PER_FRAME,
+    ByteTokenizer,
+    talk,
+    write_dataset,
+    write_videos,
+)
 from tests.packing.videos import write_video
 
 pytest.importorskip("av", reason="an index is built from videos, with PyAV (pip install lrc-kernels[video])")
@@ -158,14 +166,17 @@ def test_bad_videos_are_counted_and_left_out(data):
         (talk("a", "b", video="v0.mp4", start=-2), "start must be >= 0, got -2.0"),
         (talk("a", "b", video="v0.mp4", clip=[1, 60]), r"part \[1.0, 60.0\] s must lie inside of the video of 4.0 s"),
         (talk("a", "b", video="v0.mp4", clip=[1]), r"clip must be \[start, end\], got \[1\]"),
-        (talk("a", "b", video="v0.mp4", start=10**400), "set.jsonl:2: int too large"),
+        (talk("a", "b", video="v0.mp4", start=10**400), "int too large"),
         (talk("a", "b", video=["v0.mp4", "v1.mp4"]), "video must be one path"),
         (talk("a", "b", image="a.png"), '"image" is not supported'),
         (talk("<video><video>", "b", video="v0.mp4"), "places marked by <video> or <image> must be 1, got 2"),
         (talk("<video>", "b"), "places marked by <video> or <image> must be 0, got 1"),
         ({"video": "v0.mp4"}, 'conversations must be a list of {"from", "value"}, got None'),
-        ({"conversations": [{"from": "dog", "value": "b"}]}, '"from" must be human, gpt or system, got \'dog\''),
-        ({"conversations": [{"from": "gpt", "value": "b"}], "video": "v0.mp4"}, "placeholders for frames must be 8, got 0"),
+        ({"conversations": [{"from": "dog", "value": "b"}]}, "\"from\" must be human, gpt or system, got 'dog'"),
+        (
+            {"conversations": [{"from": "gpt", "value": "b"}], "video": "v0.mp4"},
+            "placeholders for frames must be 8, got 0",
+        ),
         ({"conversations": [{"from": "human", "value": 5}]}, r'conversations\[0\] must have "value", a text'),
         (talk("\ud800", "b"), "must be valid Unicode"),
         ([1], "must be an object, got list"),
@@ -176,7 +187,7 @@ def test_annotations_that_cannot_be_right(data, videos, record, message):
     if not link.is_symlink():
         link.symlink_to("/etc/hostname")
     config = write_dataset(data, [RECORDS[0], record])
-    with pytest.raises(ValueError, match=rf"1 annotations cannot be right:\n  .*set\.jsonl:2: (.|\n)*{message}" if ":2:" not in message else message):
+    with pytest.raises(ValueError, match=rf"1 annotations cannot be right:\n  .*set\.jsonl:2: .*{message}"):
         build(config, data / "index")
     assert not (data / "index").exists()
     with pytest.warns(UserWarning, match="1 invalid annotations"):
@@ -249,7 +260,7 @@ def test_videos_in_tars(data):
     assert decode_frames(media, index.timestamps(0)).valid.all()
     broken = (data / "tars" / "0.tar").read_bytes()
     (data / "tars" / "1.tar").write_bytes(broken[: media.offset + 1000])
-    with pytest.raises(ValueError, match=r"1\.tar"):
+    with pytest.raises(ValueError, match=r"1\.tar: must be a whole uncompressed tar"):
         build(config, data / "cut")
 
 
@@ -289,7 +300,7 @@ def test_damaged_indices_are_refused(data):
         with pytest.raises(ValueError, match=message):
             Index.load(folder)
     np.save(folder / "n_tokens.npy", np.array([{}] * 6), allow_pickle=True)
-    with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
+    with pytest.raises(ValueError, match="Python objects in dtype"):
         Index.load(folder)
     (folder / "n_tokens.npy").write_bytes(good[:-4] + b"\1\0\0\0")
     with pytest.raises(ValueError, match="columns must have digest"):
@@ -352,7 +363,7 @@ def test_the_default_template_is_the_public_one():
     ids, _ = Encoder(Words()).encode(
         [("user", "<image>\nWhy?"), ("assistant", "So.")], num_frames=2, duration_s=2.5, where=""
     )
-    names = {number: name for name, number in ByteTokenizer.special_tokens.items()}
+    names = {number: name for name, number in ByteTokenizer().special_tokens.items()}
     assert "".join(names.get(i) or chr(i) for i in ids.tolist()) == (
         "<|im_start|>user\nThe video lasts for 2.50 seconds, and 2 frames are uniformly sampled from it.\n"
         "Frame1: <img><IMG_CONTEXT></img>\nFrame2: <img><IMG_CONTEXT></img>\nWhy?<|im_end|>\n"
