@@ -44,13 +44,13 @@ class Picture:
 
 
 @contextmanager
-def open_stream(path: Path | MediaSlice) -> Iterator[VideoStream]:
+def open_stream(path: Path | MediaSlice, threads: int = 0) -> Iterator[VideoStream]:
     """The first video stream of a file, closed at the end of the block.
 
     Raises:
         ImportError: PyAV is not installed. FileNotFoundError: no such file. ValueError: unreadable, or without video.
     """
-    stream = VideoStream(path)
+    stream = VideoStream(path, threads)
     try:
         yield stream
     finally:
@@ -67,7 +67,7 @@ class VideoStream:
     _ready: deque[Picture]
     _current: Picture | None
 
-    def __init__(self, path: Path | MediaSlice) -> None:
+    def __init__(self, path: Path | MediaSlice, threads: int = 0) -> None:
         try:
             import av
         except ImportError as error:
@@ -80,6 +80,7 @@ class VideoStream:
         self._error: type[Exception] = av.FFmpegError
         self._open = av.open
         self._attached = av.stream.Disposition.attached_pic
+        self._threads = threads
         self._delay = self._interval = 0
         self._last_keyframe: tuple[int, Picture | None] | None = None
         self.restart()
@@ -134,6 +135,7 @@ class VideoStream:
             )
         self._time_base = self._stream.time_base or Fraction(1, 1)
         self._stream.thread_type = "AUTO"
+        self._stream.codec_context.thread_count = self._threads
         # Without it, decoders fill damaged areas in from other frames and call the result a frame.
         self._stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
         self._forget()

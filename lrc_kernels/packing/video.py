@@ -93,6 +93,7 @@ def decode_frames(
     *,
     size: tuple[int, int] | None = None,
     snap_s: float = 0.0,
+    threads: int = 0,
     out: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DecodedVideo:
@@ -107,6 +108,7 @@ def decode_frames(
         size: (H, W) to resize to (bicubic, aspect not kept), None for the size of the video as displayed.
         snap_s: where a keyframe is shown at most this many seconds from a time, it is taken instead, which needs no
             other frame to be decoded. `pts` says what was taken. Files without an index have no keyframes to take.
+        threads: of the decoder; 0 is one per core. Many videos at once decode best with one each.
         out: uint8 [F, 3, H, W] on the CPU to write to, None for a new tensor.
         progress: called as progress(frames done, F) after each frame.
 
@@ -119,7 +121,8 @@ def decode_frames(
     times = _as_times(timestamps)
     if not (math.isfinite(snap_s) and snap_s >= 0):
         raise ValueError(f"snap_s must be finite and >= 0, got {snap_s}")
-    with open_stream(path) as stream:
+    check_int("threads", threads, minimum=0)
+    with open_stream(path, threads) as stream:
         info = _info(path, stream)
         outside = np.flatnonzero(~((times >= 0) & (times < info.duration_s)))
         if outside.size:
