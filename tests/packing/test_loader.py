@@ -1,0 +1,503 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PackedDataset and PackedLoader: every sample once, the right pixels, weights that sum to one, and bad samples."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lrc_kernels.packing import (
+    BadSampleError,
+    PackConfig,
+    PackedDataset,
+    PackedLoader,
+    ParallelRank,
+    TemporalSampling,
+    TooManyBadSamples,
+    build_index,
+    decode_frames,
+    pack_samples,
+    plan_packs,
+)
+from lrc_kernels.packing import decode as decode_module
+from lrc_kernels.packing.batch import Sample
+from lrc_kernels.packing.decode import activity_between
+from tests.packing.datasets import SAMPLING, TEMPLATE, TOKENS_PER_FRAME, ByteTokenizer, talk, write_dataset, write_videos
+from tests.packing.videos import level
+
+pytest.importorskip("av", reason="frames are decoded with PyAV (pip install lrc-kernels[video])")
+
+CONFIG = PackConfig(max_tokens=160, drop_last=False)
+COUNTS = [40, 25, 10, 30]
+ANSWERS = ["no", "maybe so", "y", "it is the third of them"]
+
+
+def records(n=14):
+    made = []
+    for i in range(n):
+        video = {"video": f"v{i % 5}.mp4"} if i % 5 < 4 else {}
+        made.append(talk(f"question {i}", ANSWERS[i % 4], **video))
+    return made
+
+
+def make_index(folder, changed=SAMPLING, n=14):
+    return build_index(
+        write_dataset(folder, records(n)),
+        changed,
+        ByteTokenizer(),
+        folder / "index",
+        tokens_per_frame=TOKENS_PER_FRAME,
+        template=TEMPLATE,
+        threads=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loader")
+    write_videos(folder, COUNTS)
+    return make_index(folder)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """An index whose files a test may damage."""
+    write_videos(tmp_path, COUNTS)
+    return make_index(tmp_path)
+
+
+def dataset_of(index, packs_per_step=1, **options):
+    plan_options = {k: options.pop(k) for k in ("balance", "epoch", "seed") if k in options}
+    config = options.pop("config", CONFIG)
+    plan = plan_packs(index, config, packs_per_step=packs_per_step, **plan_options)
+    return PackedDataset(index, plan, **{"image_size": 16, **options})
+
+
+def ids_of(batches):
+    return [i for batch in batches for i in batch.sample_ids.tolist() if i >= 0]
+
+
+def same(a, b):
+    names = [name for name, value in vars(a).items() if isinstance(value, torch.Tensor)]
+    assert names == [name for name, value in vars(b).items() if isinstance(value, torch.Tensor)]
+    for name in names:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.layout == b.layout and (a.pack_id, a.step, a.num_targets) == (b.pack_id, b.step, b.num_targets)
+
+
+def test_a_pack_is_its_samples(index):
+    dataset = dataset_of(index)
+    seen = []
+    for pack in range(len(dataset)):
+        batch = dataset[pack]
+        batch.validate()
+        samples, ids = [], batch.sample_ids.tolist()
+        for i in ids:
+            input_ids, labels, visual = map(torch.from_numpy, index.tokens(i))
+            video = None if index.media(i) is None else decode_frames(index.media(i), index.timestamps(i), size=(16, 16))
+            frames = {} if video is None else {"frames": video.frames, "frame_pts": video.pts}
+            samples.append(Sample(input_ids, visual, labels=labels, sample_id=i, **frames))
+        weights = dataset.token_weights(batch.step, ids)
+        alone = pack_samples(samples, clip_frames=4, token_weight=weights, pack_id=pack, step=pack)
+        same(batch, alone if len(alone.frames) else batch)
+        assert batch.loss_weight.sum().item() == pytest.approx(1)
+        seen += ids
+    assert sorted(seen) == list(range(14)) and not dataset.bad
+
+
+def test_frames_are_those_shown_at_the_times_of_the_rule(index):
+    dataset = dataset_of(index)
+    for batch in map(dataset.__getitem__, range(len(dataset))):
+        at = 0
+        for i in batch.sample_ids.tolist():
+            times = index.timestamps(i) if index.media(i) else []
+            for t in times:
+                assert level(batch.frames[at]) == math.floor(t * 10 + 1e-6)
+                at += 1
+        assert at == len(batch.frames) and batch.frame_valid.all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_loader_gives_what_the_dataset_has(index, threads, prefetch):
+    dataset = dataset_of(index)
+    with PackedLoader(dataset, decode_threads=threads, prefetch_packs=prefetch) as loader:
+        batches = list(loader)
+        assert len(loader) == len(batches) == len(dataset)
+        for pack, batch in enumerate(batches):
+            same(batch, dataset[pack])
+        assert loader.stats.samples == 14 and loader.stats.packs == len(dataset) and loader.stats.bad == 0
+        assert loader.stats.utilisation == pytest.approx(dataset.plan.stats().utilisation)
+        assert [batch.pack_id for batch in loader] == [batch.pack_id for batch in batches]
+
+
+def test_torch_data_loader(index):
+    dataset = dataset_of(index)
+    for workers in (0, 1):
+        loaded = list(DataLoader(dataset, batch_size=None, num_workers=workers))
+        assert len(loaded) == len(dataset)
+        for pack, batch in enumerate(loaded):
+            same(batch, dataset[pack])
+
+
+@pytest.mark.parametrize("loss", ["token", "sample", "sqrt"])
+def test_weights_are_the_same_however_samples_are_packed(index, loss):
+    """One step over the whole epoch: the weight of each sample, whatever strategy, dp and accumulation."""
+    share = {"token": lambda n: n, "sample": lambda n: 1, "sqrt": math.sqrt}[loss]
+    supervised = index.columns["n_supervised"].tolist()
+    total = sum(map(share, supervised))
+    for strategy, max_tokens in (("in_order", 160), ("open_best_fit", 160), ("bfd", 120), ("bfd", 1000)):
+        config = PackConfig(max_tokens=max_tokens, strategy=strategy, drop_last=False)
+        for dp_size in (1, 2, 4):
+            dataset = dataset_of(index, packs_per_step=16, loss=loss, config=config)
+            assert dataset.plan.num_steps == 1
+            found = {}
+            for rank in range(dp_size):
+                for batch in PackedLoader(dataset, rank=ParallelRank(rank, dp_size)):
+                    parts = batch.loss_weight.double().split(batch.layout.lengths)
+                    found |= {i: part.sum().item() for i, part in zip(batch.sample_ids.tolist(), parts, strict=True)}
+            found.pop(-1, None)
+            assert sorted(found) == list(range(14)) and sum(found.values()) == pytest.approx(1, abs=1e-6)
+            assert all(found[i] == pytest.approx(share(supervised[i]) / total, rel=1e-5) for i in found)
+
+
+def test_packed_losses_are_those_of_samples_alone(index):
+    """A model that mixes rows within a sequence: loss and gradient of the packs equal those of every sample alone."""
+    torch.manual_seed(0)
+    table, head = torch.randn(300, 8, dtype=torch.float64), torch.randn(300, 8, dtype=torch.float64)
+    dataset = dataset_of(index, packs_per_step=16)
+
+    def loss_of(input_ids, targets, weight, lengths):
+        w = head.clone().requires_grad_()
+        hidden = torch.cat([torch.cumsum(table[part], 0) / 10 for part in input_ids.split(lengths)])
+        real = targets != -100
+        ce = torch.nn.functional.cross_entropy(hidden[real] @ w.T, targets[real], reduction="none")
+        loss = (ce * weight[real].double()).sum()
+        return loss.detach(), torch.autograd.grad(loss, w)[0]
+
+    packed = [
+        loss_of(b.input_ids, b.targets, b.loss_weight, b.layout.lengths) for b in PackedLoader(dataset) if b.num_targets
+    ]
+    alone, total = [], int(index.columns["n_supervised"].sum())
+    for i in range(14):
+        input_ids, labels, _ = map(torch.from_numpy, index.tokens(i))
+        targets = torch.cat([labels[1:], torch.tensor([-100])])
+        weight = torch.where(targets != -100, 1 / total, 0.0).float()
+        alone.append(loss_of(input_ids, targets, weight, [len(input_ids)]))
+    for both in zip(zip(*packed, strict=True), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(sum(both[0]), sum(both[1]), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("balance", ["none", "lpt", "group"])
+@pytest.mark.parametrize(("dp_size", "sp_size"), [(1, 1), (2, 1), (1, 2), (2, 3), (4, 2)])
+def test_ranks_share_an_epoch(index, balance, dp_size, sp_size):
+    dataset = dataset_of(index, packs_per_step=4, balance=balance)
+    whole = {batch.pack_id: batch for batch in map(dataset.__getitem__, range(len(dataset)))}
+    samples, frames = [], 0
+    for dp_rank in range(dp_size):
+        streams = [
+            list(PackedLoader(dataset, rank=ParallelRank(dp_rank, dp_size, sp_rank, sp_size), agree=list))
+            for sp_rank in range(sp_size)
+        ]
+        for shards in zip(*streams, strict=True):
+            batch = whole[shards[0].pack_id]
+            samples += ids_of(shards[:1])
+            for shard in shards:
+                shard.validate()
+                assert torch.equal(shard.input_ids, batch.input_ids) and shard.step == batch.step
+                assert torch.equal(shard.loss_weight, batch.loss_weight)
+                # No rank decodes more than its share and one clip.
+                assert len(shard.frames) <= len(batch.frames) / sp_size + 4
+                frames += len(shard.frames)
+            for name in ("frames", "frame_pts", "frame_valid", "visual_index"):
+                assert torch.equal(torch.cat([getattr(shard, name) for shard in shards]), getattr(batch, name))
+    assert sorted(samples) == list(range(14)) and frames == sum(len(batch.frames) for batch in whole.values())
+
+
+def test_a_loader_gives_shards_of_rows(index):
+    dataset = dataset_of(index)
+    for rank in range(2):
+        loader = PackedLoader(
+            dataset,
+            rank=ParallelRank(0, 1, rank, 2),
+            agree=list,
+            local_indices=lambda layout, rank=rank: torch.arange(rank, layout.num_tokens, 2),
+        )
+        for batch in loader:
+            batch.validate()
+            assert torch.equal(batch.input_ids, dataset[batch.pack_id].input_ids[rank::2])
+
+
+def test_aligned_samples_and_empty_packs(index):
+    config = PackConfig(max_tokens=192, align=16, drop_last=False)
+    dataset = dataset_of(index, packs_per_step=16, config=config)
+    batches = list(PackedLoader(dataset))
+    assert len(batches) == 16 and sorted(ids_of(batches)) == list(range(14))
+    empty = [batch for batch in batches if batch.sample_ids.tolist() == [-1]]
+    assert empty and all(batch.layout.lengths == (1,) and batch.num_targets == 0 for batch in empty)
+    for pack, batch in enumerate(batches):
+        batch.validate()
+        if batch not in empty:
+            assert batch.layout.num_tokens == dataset.plan.n_tokens[pack]
+            starts = batch.layout.cu_seqlens[:-1][batch.sample_ids >= 0]
+            assert (starts % 16 == 0).all()
+
+
+def damage(index):
+    """One file in each way that a file can be bad; v1 stays whole. Sizes stay as they were where the bytes change."""
+    folder = index.roots[0]
+    text = folder / "v0.mp4"
+    text.write_bytes(b"x" * text.stat().st_size)
+    (folder / "v2.mp4").write_bytes((folder / "v2.mp4").read_bytes()[:-50])
+    (folder / "v3.mp4").unlink()
+    return {i for i in range(14) if i % 5 in (0, 2, 3)}
+
+
+def test_damaged_files_are_masked(own):
+    before = {batch.pack_id: batch for batch in PackedLoader(dataset_of(own, packs_per_step=2))}
+    bad = damage(own)
+    loader = PackedLoader(dataset_of(own, packs_per_step=2), max_bad_fraction=1.0)
+    lost = 0.0
+    for batch in loader:
+        batch.validate()
+        was = before[batch.pack_id]
+        assert torch.equal(batch.input_ids, was.input_ids) and batch.layout == was.layout
+        assert torch.equal(batch.visual_index, was.visual_index) and batch.frames.shape == was.frames.shape
+        rows = torch.repeat_interleave(batch.sample_ids, torch.tensor(batch.layout.lengths))
+        masked = torch.isin(rows, torch.tensor(sorted(bad)))
+        assert (batch.targets[masked] == -100).all() and not batch.loss_weight[masked].any()
+        assert torch.equal(batch.targets[~masked], was.targets[~masked])
+        assert torch.equal(batch.loss_weight[~masked], was.loss_weight[~masked])
+        frames = torch.repeat_interleave(masked[batch.visual_index], 1)[:: TOKENS_PER_FRAME]
+        assert torch.equal(batch.frame_valid, ~frames) and not batch.frames[frames].any()
+        assert torch.equal(batch.frames[~frames], was.frames[~frames])
+        lost += (was.loss_weight - batch.loss_weight).double().sum().item()
+    assert loader.bad.keys() == bad and loader.stats.bad == len(bad)
+    assert loader.stats.lost_weight == pytest.approx(lost, rel=1e-5) and sum(loader.stats.reasons.values()) == len(bad)
+    reasons = {i % 5: loader.bad[i].reason for i in bad}
+    assert "cannot read" in reasons[0] and "bytes, but" in reasons[2] and "No such file" in reasons[3]
+    assert loader.bad[0].where.endswith("set.jsonl:1")
+
+
+def test_damaged_files_are_dropped_or_raise(own):
+    bad = damage(own)
+    dataset = dataset_of(own, packs_per_step=1)
+    batches = list(PackedLoader(dataset, on_bad="drop", max_bad_fraction=1.0))
+    for batch in batches:
+        batch.validate()
+        assert batch.frame_valid.all() or batch.num_targets == 0
+    kept = {i for batch in batches if batch.num_targets for i in batch.sample_ids.tolist()}
+    assert kept == set(range(14)) - bad and len(batches) == len(dataset)
+    with pytest.raises(BadSampleError, match=r"sample \d+ \(.*set.jsonl:\d+\): "):
+        list(PackedLoader(dataset, on_bad="raise"))
+    for sp_rank in range(2):
+        # Ranks that decode other frames of a sample hear of it from each other.
+        both = PackedLoader(
+            dataset, rank=ParallelRank(0, 1, sp_rank, 2), on_bad="drop", max_bad_fraction=1.0, agree=agreement(dataset, bad)
+        )
+        for batch, whole in zip(both, batches, strict=True):
+            batch.validate()
+            assert torch.equal(batch.input_ids, whole.input_ids)
+    with pytest.raises(BadSampleError, match="sequence-parallel ranks must agree on it, give agree="):
+        list(PackedLoader(dataset, rank=ParallelRank(0, 1, 0, 2)))
+
+
+def agreement(dataset, bad):
+    """All ranks' findings for each pack with frames, in order."""
+    packs = (dataset.plan.samples_of_pack(pack).tolist() for pack in range(len(dataset)))
+    packs = [ids for ids in packs if any(dataset.num_clips(i) for i in ids)]
+    answers = iter([[k for k, i in enumerate(ids) if i in bad] for ids in packs])
+    return lambda found: sorted({*found, *next(answers)})
+
+
+def test_the_breaker(own):
+    damage(own)
+    dataset = dataset_of(own)
+    with pytest.raises(TooManyBadSamples, match=r"1 of \d+ samples could not be decoded, the last of them:\n  sample"):
+        list(PackedLoader(dataset, max_bad_fraction=0.0))
+    for name in ("v1.mp4",):
+        (own.roots[0] / name).unlink()
+    with pytest.raises(TooManyBadSamples, match="samples in a row could not be decoded") as error:
+        list(PackedLoader(dataset, max_bad_fraction=1.0, max_bad_run=2))
+    assert len(error.value.last) == 3
+    with pytest.raises(TooManyBadSamples, match=r"11 of \d+ samples") as error:
+        list(PackedLoader(dataset))
+    assert len(error.value.last) == 5
+    assert threads_named("lrc-decode") == 0
+
+
+def threads_named(prefix):
+    return sum(thread.name.startswith(prefix) for thread in threading.enumerate())
+
+
+def test_a_frame_beside_a_whole_one_stands_in(index, monkeypatch):
+    real = decode_module.decode_frames
+
+    def with_damage(holes):
+        def decode(media, times, *, out, **options):
+            video = real(media, times, out=out, **options)
+            for t in holes:
+                hit = np.isclose(times, t)
+                video.valid[torch.from_numpy(hit)] = False
+                out[torch.from_numpy(hit)] = 0
+            return video
+
+        return decode
+
+    dataset = dataset_of(index)
+    one = index.timestamps(0)
+    monkeypatch.setattr(decode_module, "decode_frames", with_damage([one[0], one[3]]))
+    for ranks in (1, 2, 4):
+        opened = [dataset.open(int(pack_of(dataset, 0)), share=(rank, ranks)) for rank in range(ranks)]
+        for pack in opened:
+            for part in pack.parts.values():
+                part.run()
+        at = opened[0].sample_ids.index(0)
+        parts = [pack.parts[at] for pack in opened if at in pack.parts]
+        frames, valid = torch.cat([p.frames for p in parts]), torch.cat([p.valid for p in parts])
+        assert not any(part.reason for part in parts)
+        assert valid.tolist() == [False, True, True, False, True, True, True, True]
+        assert torch.equal(frames[0], frames[1]) and torch.equal(frames[3], frames[2])
+        assert level(frames[4]) == math.floor(one[4] * 10 + 1e-6)
+    monkeypatch.setattr(decode_module, "decode_frames", with_damage(one[2:5]))
+    opened = dataset.open(int(pack_of(dataset, 0)))
+    part = opened.parts[opened.sample_ids.index(0)]
+    part.run()
+    assert "3 of 8 frames of" in part.reason and not part.frames.any()
+
+
+def pack_of(dataset, sample_id):
+    at = int(np.flatnonzero(dataset.plan.sample_index == sample_id)[0])
+    return np.searchsorted(dataset.plan.pack_ptr, at, side="right") - 1
+
+
+def test_slow_and_hanging_decoders(index, monkeypatch):
+    real, release, hung = decode_module.decode_frames, threading.Event(), []
+
+    def decode(media, times, *, progress, **options):
+        if media.name == "v0.mp4":
+            time.sleep(0.3)
+            progress(1, 2)
+        if media.name == "v1.mp4" and not hung:
+            hung.append(options["out"])
+            release.wait(20)
+            hung[0].fill_(7)
+        return real(media, times, progress=progress, **options)
+
+    monkeypatch.setattr(decode_module, "decode_frames", decode)
+    with PackedLoader(dataset_of(index), decode_timeout_s=0.25, max_bad_fraction=1.0, decode_threads=1) as loader:
+        batches = list(loader)
+        release.set()
+        time.sleep(0.1)
+        slow = {i for i in range(14) if i % 5 == 0}
+        reasons = {i: bad.reason for i, bad in loader.bad.items()}
+        assert slow <= reasons.keys() and len(reasons) == len(slow) + 1
+        assert {reasons[i] for i in slow} == {"decoding took longer than 0.25 s"}
+        assert "decoding hung for longer than 0.25 s" in reasons.values()
+    # What the decoder writes once it wakes up reaches no batch.
+    for batch in batches:
+        assert not batch.frames[~batch.frame_valid].any()
+    time.sleep(0.1)
+    assert threads_named("lrc-decode") == 0
+
+
+def test_nothing_grows_over_many_epochs(index):
+    dataset = dataset_of(index, config=PackConfig(max_tokens=400, drop_last=False))
+    loader = PackedLoader(dataset, decode_threads=3)
+
+    def census():
+        gc.collect()
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        assert sorted(ids_of(loader)) == list(range(14))
+    before, resident = census(), rss()
+    orders = set()
+    for epoch in range(60):
+        loader.set_epoch(epoch)
+        orders.add(tuple(ids_of(loader)))
+        # An iteration that is left early cleans up after itself.
+        next(iter(loader))
+        loader.close()
+    assert census() == before and len(orders) == 60
+    assert rss() - resident < 64 * 2**20
+
+
+def rss():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_an_iteration_ends_with_its_loader(index):
+    loader = PackedLoader(dataset_of(index))
+    first = iter(loader)
+    one = next(first)
+    second = iter(loader)
+    two = next(second)
+    assert (one.pack_id, two.pack_id) == (0, 1)
+    with pytest.raises(RuntimeError, match="the loader was closed or iterated anew"):
+        next(first)
+    del first, second
+    assert threads_named("lrc-decode") == 0
+    assert [batch.pack_id for batch in loader] == list(range(2, len(loader)))
+
+
+def test_another_rule_moves_frames_only(index):
+    moved = TemporalSampling(multiple_of=4, min_frames=4, max_frames=4, content="packets", snap="keyframe")
+    plain, other = dataset_of(index), dataset_of(index, sampling=moved)
+    for pack in range(len(plain)):
+        a, b = plain[pack], other[pack]
+        assert torch.equal(a.input_ids, b.input_ids) and a.frames.shape == b.frames.shape and b.frame_valid.all()
+    assert not other.bad
+
+
+def test_activity_of_a_part():
+    whole = np.array([1.0, 2.0, 4.0, 1.0])
+    assert activity_between(whole, 3.5, 0.0, 3.5).tolist() == [1, 2, 4, 1]
+    assert activity_between(whole, 3.5, 1.0, 3.0).tolist() == [2, 4]
+    assert activity_between(whole, 3.5, 0.5, 2.0).tolist() == [1.5, 1.0]
+    assert activity_between(whole, 3.5, 3.0, 3.25).tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"decode_threads": 0}, ValueError, "decode_threads must be >= 1, got 0"),
+        ({"prefetch_packs": -1}, ValueError, "prefetch_packs must be >= 0, got -1"),
+        ({"on_bad": "skip"}, ValueError, "on_bad must be one of mask, drop, raise, got 'skip'"),
+        ({"max_bad_fraction": 1.5}, ValueError, r"max_bad_fraction must be in \[0, 1\], got 1.5"),
+        ({"decode_timeout_s": 0}, ValueError, "decode_timeout_s must be above 0, got 0"),
+        ({"rank": 3}, TypeError, "rank must be a ParallelRank, got int"),
+        ({"rank": ParallelRank(0, 3)}, ValueError, "packs_per_step must be a multiple of dp_size = 3, got 1"),
+    ],
+)
+def test_bad_arguments(index, changed, error, message):
+    with pytest.raises(error, match=message):
+        PackedLoader(dataset_of(index), **changed)
+
+
+def test_bad_datasets_and_ranks(index):
+    plan = plan_packs(index, CONFIG)
+    with pytest.raises(ValueError, match="plan must be of the index's 14 samples, got one of 3"):
+        PackedDataset(index, plan_packs([1, 2, 3]))
+    with pytest.raises(TypeError, match="index must be a Index, got list"):
+        PackedDataset([], plan)
+    with pytest.raises(ValueError, match="sampling.multiple_of must be the index's 4, got 8"):
+        PackedDataset(index, plan, sampling=TemporalSampling())
+    with pytest.raises(ValueError, match="loss must be one of token, sample, sqrt, got 'square'"):
+        PackedDataset(index, plan, loss="square")
+    with pytest.raises(IndexError):
+        PackedDataset(index, plan)[99]
+    with pytest.raises(ValueError, match="sp_rank must be below sp_size = 2, got 2"):
+        ParallelRank(0, 1, 2, 2)
+    with pytest.raises(ValueError, match="dp_size must be >= 1, got 0"):
+        ParallelRank(0, 0)
