@@ -242,9 +242,11 @@ class PackedLoader:
             )
         self.close()
         self.dataset.set_epoch(loaded.epoch)
+        steps = self.dataset.plan.num_steps
+        if delivered // pps > steps or (packs and delivered // pps == steps):
+            self.dataset.set_epoch(plan.epoch)
+            raise StateMismatchError(f"state has {delivered // pps} steps and {packs} packs, this loader {steps} steps")
         self._step, self._packs = delivered // pps, packs
-        if self._step > self.dataset.plan.num_steps:
-            raise StateMismatchError(f"state has {self._step} steps, this loader {self.dataset.plan.num_steps}")
         self.stats.plan = self.dataset.plan.stats(self.rank.dp_size)
         self._known_bad, self._finished = frozenset(loaded.bad), False
 

@@ -30,7 +30,15 @@ from lrc_kernels.packing import (
 from lrc_kernels.packing import decode as decode_module
 from lrc_kernels.packing.batch import Sample
 from lrc_kernels.packing.decode import activity_between
-from tests.packing.datasets import SAMPLING, TEMPLATE, TOKENS_PER_FRAME, ByteTokenizer, talk, write_dataset, write_videos
+from tests.packing.datasets import (
+    SAMPLING,
+    TEMPLATE,
+    TOKENS_PER_FRAME,
+    ByteTokenizer,
+    talk,
+    write_dataset,
+    write_videos,
+)
 from tests.packing.videos import level
 
 pytest.importorskip("av", reason="frames are decoded with PyAV (pip install lrc-kernels[video])")
@@ -102,7 +110,9 @@ def test_a_pack_is_its_samples(index):
         samples, ids = [], batch.sample_ids.tolist()
         for i in ids:
             input_ids, labels, visual = map(torch.from_numpy, index.tokens(i))
-            video = None if index.media(i) is None else decode_frames(index.media(i), index.timestamps(i), size=(16, 16))
+            video = (
+                None if index.media(i) is None else decode_frames(index.media(i), index.timestamps(i), size=(16, 16))
+            )
             frames = {} if video is None else {"frames": video.frames, "frame_pts": video.pts}
             samples.append(Sample(input_ids, visual, labels=labels, sample_id=i, **frames))
         weights = dataset.token_weights(batch.step, ids)
@@ -245,7 +255,7 @@ def test_aligned_samples_and_empty_packs(index):
     assert empty and all(batch.layout.lengths == (1,) and batch.num_targets == 0 for batch in empty)
     for pack, batch in enumerate(batches):
         batch.validate()
-        if batch not in empty:
+        if batch.num_targets:
             assert batch.layout.num_tokens == dataset.plan.n_tokens[pack]
             starts = batch.layout.cu_seqlens[:-1][batch.sample_ids >= 0]
             assert (starts % 16 == 0).all()
@@ -276,7 +286,7 @@ def test_damaged_files_are_masked(own):
         assert (batch.targets[masked] == -100).all() and not batch.loss_weight[masked].any()
         assert torch.equal(batch.targets[~masked], was.targets[~masked])
         assert torch.equal(batch.loss_weight[~masked], was.loss_weight[~masked])
-        frames = torch.repeat_interleave(masked[batch.visual_index], 1)[:: TOKENS_PER_FRAME]
+        frames = torch.repeat_interleave(masked[batch.visual_index], 1)[::TOKENS_PER_FRAME]
         assert torch.equal(batch.frame_valid, ~frames) and not batch.frames[frames].any()
         assert torch.equal(batch.frames[~frames], was.frames[~frames])
         lost += (was.loss_weight - batch.loss_weight).double().sum().item()
@@ -301,7 +311,11 @@ def test_damaged_files_are_dropped_or_raise(own):
     for sp_rank in range(2):
         # Ranks that decode other frames of a sample hear of it from each other.
         both = PackedLoader(
-            dataset, rank=ParallelRank(0, 1, sp_rank, 2), on_bad="drop", max_bad_fraction=1.0, agree=agreement(dataset, bad)
+            dataset,
+            rank=ParallelRank(0, 1, sp_rank, 2),
+            on_bad="drop",
+            max_bad_fraction=1.0,
+            agree=agreement(dataset, bad),
         )
         for batch, whole in zip(both, batches, strict=True):
             batch.validate()
@@ -323,11 +337,10 @@ def test_the_breaker(own):
     dataset = dataset_of(own)
     with pytest.raises(TooManyBadSamples, match=r"1 of \d+ samples could not be decoded, the last of them:\n  sample"):
         list(PackedLoader(dataset, max_bad_fraction=0.0))
-    for name in ("v1.mp4",):
-        (own.roots[0] / name).unlink()
+    (own.roots[0] / "v1.mp4").unlink()
     with pytest.raises(TooManyBadSamples, match="samples in a row could not be decoded") as error:
         list(PackedLoader(dataset, max_bad_fraction=1.0, max_bad_run=2))
-    assert len(error.value.last) == 3
+    assert 3 <= len(error.value.last) <= 5 and str(error.value.last[-1]) in str(error.value)
     with pytest.raises(TooManyBadSamples, match=r"11 of \d+ samples") as error:
         list(PackedLoader(dataset))
     assert len(error.value.last) == 5
