@@ -81,25 +81,11 @@ int64_t pack_samples(uintptr_t num_tokens, uintptr_t num_frames, uintptr_t cost,
                      int64_t num_kept, uint64_t seed, uint64_t epoch, int strategy, int64_t max_tokens,
                      int64_t max_frames, double max_cost, int64_t open_packs, int64_t window, uintptr_t sample_index,
                      uintptr_t pack_ptr, uintptr_t pack_tokens, uintptr_t pack_frames, uintptr_t pack_cost) {
-  return lrc::cpu::pack_samples({pointer<int64_t>(num_tokens),
-                                 pointer<int64_t>(num_frames),
-                                 pointer<double>(cost),
-                                 pointer<uint8_t>(keep),
-                                 num_samples,
-                                 num_kept,
-                                 seed,
-                                 epoch,
-                                 static_cast<lrc::cpu::PackStrategy>(strategy),
-                                 max_tokens,
-                                 max_frames,
-                                 max_cost,
-                                 open_packs,
-                                 window,
-                                 pointer<int64_t>(sample_index),
-                                 pointer<int64_t>(pack_ptr),
-                                 pointer<int64_t>(pack_tokens),
-                                 pointer<int64_t>(pack_frames),
-                                 pointer<double>(pack_cost)});
+  return lrc::cpu::pack_samples(
+      {pointer<int64_t>(num_tokens), pointer<int64_t>(num_frames), pointer<double>(cost), pointer<uint8_t>(keep),
+       num_samples, num_kept, seed, epoch, static_cast<lrc::cpu::PackStrategy>(strategy), max_tokens, max_frames,
+       max_cost, open_packs, window, pointer<int64_t>(sample_index), pointer<int64_t>(pack_ptr),
+       pointer<int64_t>(pack_tokens), pointer<int64_t>(pack_frames), pointer<double>(pack_cost)});
 }
 
 void pack_permutation(int64_t n, uint64_t seed, uint64_t epoch, uint64_t stream, uintptr_t permutation) {
@@ -157,8 +143,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_samples", &pack_samples, NoGil(), py::arg("num_tokens"), py::arg("num_frames"), py::arg("cost"),
         py::arg("keep"), py::arg("num_samples"), py::arg("num_kept"), py::arg("seed"), py::arg("epoch"),
         py::arg("strategy"), py::arg("max_tokens"), py::arg("max_frames"), py::arg("max_cost"), py::arg("open_packs"),
-        py::arg("window"), py::arg("sample_index"), py::arg("pack_ptr"), py::arg("pack_tokens"),
-        py::arg("pack_frames"), py::arg("pack_cost"));
+        py::arg("window"), py::arg("sample_index"), py::arg("pack_ptr"), py::arg("pack_tokens"), py::arg("pack_frames"),
+        py::arg("pack_cost"));
   m.def("pack_permutation", &pack_permutation, NoGil(), py::arg("n"), py::arg("seed"), py::arg("epoch"),
         py::arg("stream"), py::arg("permutation"));
 #ifdef LRC_WITH_CUDA

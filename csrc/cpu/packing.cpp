@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kTaken = std::numeric_limits<int64_t>::max();
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
 constexpr int kRounds = 8;
+constexpr int64_t kPatience = 48;
 
 uint64_t mix(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
@@ -109,6 +110,18 @@ class Planner {
     if (kept != args.num_kept) throw std::invalid_argument("keep must hold num_kept samples, but holds fewer");
   }
 
+  // A sample that fits no pack would be waited for without end.
+  void check_samples() const {
+    for (int64_t i = 0; i < args_.num_samples; ++i) {
+      if (args_.keep != nullptr && !args_.keep[i]) continue;
+      if (args_.num_tokens[i] < 1 || args_.num_frames[i] < 0 ||
+          !fits({}, {args_.num_tokens[i], args_.num_frames[i], args_.cost[i]})) {
+        throw std::invalid_argument("every kept sample must fit a pack by itself, but sample " + std::to_string(i) +
+                                    " does not");
+      }
+    }
+  }
+
   void in_order() {
     for (int64_t arrival = 0; arrival < args_.num_kept; ++arrival) {
       const Load sample = load_of(arrival);
@@ -119,28 +132,34 @@ class Planner {
 
   void open_best_fit() {
     struct Open {
-      int64_t pack;
+      int64_t pack, opened_at;  // opened_at: samples that had left by then
       double fullness;
     };
     std::vector<Open> open_packs;  // oldest first
+    const auto fuller = [](const Open& a, const Open& b) { return a.fullness < b.fullness; };
+    int64_t left = 0;
     for (int64_t arrival = 0; arrival < args_.num_kept; ++arrival) {
       const Load sample = load_of(arrival);
-      size_t best = open_packs.size();
-      for (size_t i = 0; i < open_packs.size(); ++i) {
-        const bool fuller = best == open_packs.size() || open_packs[i].fullness > open_packs[best].fullness;
-        if (fuller && fits(packs_[open_packs[i].pack], sample)) best = i;
+      auto best = open_packs.end();
+      for (auto pack = open_packs.begin(); pack != open_packs.end(); ++pack) {
+        const bool better = best == open_packs.end() || fuller(*best, *pack);
+        if (better && fits(packs_[pack->pack], sample)) best = pack;
       }
-      if (best == open_packs.size()) {
-        if (static_cast<int64_t>(best) == args_.open_packs) {
-          emit(open_packs.front().pack);
-          open_packs.erase(open_packs.begin());
+      if (best == open_packs.end()) {
+        if (static_cast<int64_t>(open_packs.size()) == args_.open_packs) {
+          const auto oldest = open_packs.begin();
+          const auto closing =
+              left - oldest->opened_at >= kPatience ? oldest : std::max_element(oldest, open_packs.end(), fuller);
+          emit(closing->pack);
+          left += counts_[closing->pack];
+          open_packs.erase(closing);
         }
-        best = open_packs.size();
-        open_packs.push_back({open(), 0});
+        open_packs.push_back({open(), left, 0});
+        best = open_packs.end() - 1;
       }
-      open_packs[best].fullness = fullness(place(arrival, sample, open_packs[best].pack));
+      best->fullness = fullness(place(arrival, sample, best->pack));
     }
-    for (const Open& left : open_packs) emit(left.pack);
+    for (const Open& last : open_packs) emit(last.pack);
   }
 
   void first_fit() {
@@ -298,10 +317,6 @@ class Planner {
 
   const Load& place(int64_t arrival, const Load& sample, int64_t pack) {
     Load& load = packs_[pack];
-    if (!fits(load, sample)) {
-      throw std::invalid_argument("every kept sample must fit a pack by itself, but sample " +
-                                  std::to_string(order_[arrival]) + " does not");
-    }
     load.tokens += sample.tokens;
     load.frames += sample.frames;
     load.cost += sample.cost;
@@ -328,6 +343,7 @@ int64_t pack_samples(const PackArgs& args) {
   require(args.open_packs >= 1 && args.window >= 1, "open_packs and window must be >= 1");
   require(args.keep != nullptr || args.num_kept == args.num_samples, "num_kept must be num_samples without keep");
   Planner planner(args);
+  planner.check_samples();
   switch (args.strategy) {
     case PackStrategy::kInOrder:
       planner.in_order();

@@ -132,8 +132,8 @@ def _table(columns: dict[str, Any], rows: list[_Row], options: argparse.Namespac
     notes = [
         f"{stats.num_samples} samples, {stats.num_packed} packed" + (f"; left out: {skipped}" if skipped else ""),
         f"packs of {options.max_tokens} tokens",
-        f"none, lpt, group: by balance, cost of the busiest of {options.ranks} ranks over the mean, {options.accumulate} "
-        "packs each",
+        f"none, lpt, group: by balance, the cost of the busiest of {options.ranks} ranks over that of the mean rank, "
+        f"{options.accumulate} packs each",
         "",
     ]
     return "\n".join([*notes, *lines])

@@ -88,7 +88,7 @@ class PackConfig:
         max_cost: cost of a pack by `cost_model`, or None; "1.05x" is 1.05 times the cost of max_tokens average tokens.
         strategy: "in_order" (the paper's), "open_best_fit", "first_fit", "best_fit" or "bfd".
         open_packs: packs that open_best_fit keeps open.
-        window: samples that first_fit and best_fit choose from, and that bfd sorts at a time.
+        window: samples that first_fit and best_fit choose from, and that bfd sorts at a time; many packs should fit it.
         overlong: what happens to a sample that fits no pack: "error" or "drop". "truncate_text", "reduce_frames" and
             "split" name what is done where lengths are made; a plan changes no length, so that a sample which still
             fits no pack raises under them too.

@@ -104,6 +104,10 @@ class PackPlan:
     skipped: dict[str, int]
     config: PackConfig
 
+    def __post_init__(self) -> None:
+        for array in (self.sample_index, self.pack_ptr, self.n_tokens, self.n_frames, self.cost):
+            array.flags.writeable = False
+
     @property
     def num_packs(self) -> int:
         return self.n_tokens.shape[0]
@@ -232,46 +236,31 @@ def plan_packs(
         packs_per_step: packs of one optimizer step over all data-parallel ranks and accumulation.
         balance: "none" deals the packs of a step round robin. "lpt" deals them by cost and leaves every step's packs as
             they are. "group" also fills each step with packs of similar cost from the whole epoch.
-        impl: "cpp", "python" (the specification: the same output, some 20 times slower), or "auto": cpp where built.
+        impl: "cpp", "python" (the specification: the same output, some 50 times slower), or "auto": cpp where built.
 
     Raises:
         TypeError, ValueError: naming the argument. OverlongSampleError: samples that fit no pack, unless
             config.overlong is "drop". RuntimeError: impl="cpp" without a build.
     """
     config = PackConfig() if config is None else config
-    if not isinstance(config, PackConfig):
-        raise TypeError(f"config must be a PackConfig, got {type(config).__name__}")
-    for name, value in (("seed", seed), ("epoch", epoch)):
-        check_int(name, value, minimum=0)
-        if value >= 1 << 64:
-            raise ValueError(f"{name} must be below 2^64, got {value}")
-    check_int("packs_per_step", packs_per_step, minimum=1)
-    check_choice("balance", balance, _BALANCES)
-    check_choice("impl", impl, ("auto", "cpp", "python"))
+    _check_arguments(config, seed, epoch, packs_per_step, balance, impl)
     pack_samples = _implementation(impl)
     real_tokens, num_frames, num_supervised = _columns(index_or_lengths)
     num_tokens = real_tokens if config.align == 1 else -(-real_tokens // config.align) * config.align
-    cost = config.cost_model.cost(num_tokens, num_frames)
-    if not np.isfinite(cost.max(initial=0.0)):
-        raise ValueError(f"cost_model must give finite costs, got {cost.max()} at index {int(np.argmax(cost))}")
+    cost = _cost(num_tokens, num_frames, config)
     keep, limits, skipped = _keep(num_tokens, num_frames, num_supervised, cost, config)
     packs = pack_samples(
         *(num_tokens, num_frames, cost, keep),
         seed=seed,
         epoch=epoch,
-        strategy=config.strategy,
-        max_tokens=config.max_tokens,
         max_frames=_NO_LIMIT if config.max_frames is None else config.max_frames,
         max_cost=limits.get("cost", np.inf),
-        open_packs=config.open_packs,
-        window=config.window,
+        **{name: getattr(config, name) for name in ("strategy", "max_tokens", "open_packs", "window")},
     )
     packed = packs[0].shape[0]
     packs = _whole_steps(packs, packs_per_step, config.drop_last)
     if balance == "group":
         packs = _reordered(packs, group_steps(packs[4], packs_per_step, seed=seed, epoch=epoch))
-    for array in packs:
-        array.setflags(write=False)
     return PackPlan(
         *packs,
         packs_per_step=packs_per_step,
@@ -284,6 +273,18 @@ def plan_packs(
         skipped={**skipped, "incomplete_step": packed - packs[0].shape[0]},
         config=config,
     )
+
+
+def _check_arguments(config: PackConfig, seed: int, epoch: int, packs_per_step: int, balance: str, impl: str) -> None:
+    if not isinstance(config, PackConfig):
+        raise TypeError(f"config must be a PackConfig, got {type(config).__name__}")
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        check_int(name, value, minimum=0)
+        if value >= 1 << 64:
+            raise ValueError(f"{name} must be below 2^64, got {value}")
+    check_int("packs_per_step", packs_per_step, minimum=1)
+    check_choice("balance", balance, _BALANCES)
+    check_choice("impl", impl, ("auto", "cpp", "python"))
 
 
 def _implementation(impl: str) -> Any:
@@ -334,6 +335,14 @@ def _column(name: str, values: Any) -> Ints:
     if float(array.sum(dtype=np.float64)) >= 1 << 62:
         raise ValueError(f"{name} must sum to less than 2^62, got a largest value of {array.max()}")
     return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _cost(num_tokens: Ints, num_frames: Ints, config: PackConfig) -> Floats:
+    with np.errstate(over="ignore"):
+        cost = config.cost_model.cost(num_tokens, num_frames)
+    if not np.isfinite(cost.max(initial=0.0)):
+        raise ValueError(f"cost_model must give finite costs, got {cost.max()} at index {int(np.argmax(cost))}")
+    return cost
 
 
 def _keep(

@@ -20,12 +20,16 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
+_PATIENCE = 48
+
+
 @dataclass
 class _Pack:
     arrivals: list[int] = field(default_factory=list)
     tokens: int = 0
     frames: int = 0
     cost: float = 0.0
+    opened_at: int = 0
     fullness: float = 0.0
 
 
@@ -50,8 +54,6 @@ class _Planner:
         )
 
     def place(self, pack: _Pack, arrival: int) -> None:
-        if not self.fits(pack, arrival):
-            raise ValueError(f"every kept sample must fit a pack by itself, but arrival {arrival} does not")
         tokens, frames, cost = self.samples[arrival]
         pack.arrivals.append(arrival)
         pack.tokens, pack.frames, pack.cost = pack.tokens + tokens, pack.frames + frames, pack.cost + cost
@@ -68,18 +70,22 @@ class _Planner:
     def open_best_fit(self) -> None:
         """`open_packs` packs are open; a sample goes to the fullest that takes it, ties to the oldest.
 
-        Fullness is the largest share of a budget that is used. Where no pack takes the sample, the oldest is closed. So
-        packs leave in the order in which they were opened, and a sample is overtaken only by those later ones that went
-        into the fewer than `open_packs` packs that are older than its own. (Closing the fullest instead fills packs
-        0.05 % better, but a pack of few tokens may then wait for the whole epoch.)
+        Fullness is the largest share of a budget that is used. Where no pack takes the sample, the fullest is closed,
+        or the oldest if 48 samples or more have left since it was opened: a pack of few tokens would otherwise wait for
+        the whole epoch.
         """
         opened: list[_Pack] = []
+        left = 0
         for arrival in range(len(self.samples)):
             best = max((p for p in opened if self.fits(p, arrival)), key=lambda p: p.fullness, default=None)
             if best is None:
                 if len(opened) == self.open_packs:
-                    self.emitted.append(opened.pop(0))
-                best = _Pack()
+                    waited = left - opened[0].opened_at >= _PATIENCE
+                    closing = opened[0] if waited else max(opened, key=lambda p: p.fullness)
+                    opened = [pack for pack in opened if pack is not closing]
+                    self.emitted.append(closing)
+                    left += len(closing.arrivals)
+                best = _Pack(opened_at=left)
                 opened.append(best)
             self.place(best, arrival)
         self.emitted += opened
@@ -165,6 +171,9 @@ def pack_samples(
     order = order if keep is None else order[keep[order]]
     samples = list(zip(num_tokens[order].tolist(), num_frames[order].tolist(), cost[order].tolist(), strict=True))
     planner = _Planner(samples, (max_tokens, max_frames, max_cost), open_packs, window)
+    for arrival, sample in enumerate(order.tolist()):
+        if not planner.fits(_Pack(), arrival):
+            raise ValueError(f"every kept sample must fit a pack by itself, but sample {sample} does not")
     getattr(planner, strategy)()
     packs = planner.emitted
     arrivals = np.array([arrival for pack in packs for arrival in sorted(pack.arrivals)], dtype=np.int64)

@@ -64,7 +64,11 @@ def read_lengths(path: Path) -> dict[str, npt.NDArray[Any]]:
             table = np.array([[int(cell) for cell in row] for row in rows], dtype=np.int64)
         except ValueError as error:
             raise ValueError(f"{path} must hold integers, as many in each line: {error}") from None
-        return _named(table, path) if names is None else dict(zip(names, table.T, strict=True))
+        if names is None:
+            return _named(table, path)
+        if table.shape[1:] != (len(names),):
+            raise ValueError(f"{path} must hold {len(names)} integers in each line, as its header does names")
+        return dict(zip(names, table.T, strict=True))
     raise ValueError(f"{path} must end in .npy, .json or .csv")
 
 

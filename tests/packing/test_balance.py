@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +22,7 @@ def columns() -> dict:
 
 def steps_as_sets(plan: PackPlan) -> list[frozenset[int]]:
     ends = plan.pack_ptr[:: plan.packs_per_step]
-    return [frozenset(plan.sample_index[a:b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [frozenset(plan.sample_index[a:b].tolist()) for a, b in itertools.pairwise(ends)]
 
 
 @given(st.lists(st.floats(0, 1e15), min_size=1, max_size=6), st.integers(1, 6), st.integers(1, 5))
@@ -73,7 +75,7 @@ def test_group_keeps_the_packs_and_puts_neighbours_together(columns: dict, drop_
     assert steps_as_sets(none) != steps_as_sets(group)
     cost = group.cost.reshape(-1, 16)
     ends = sorted(zip(cost.min(axis=1).tolist(), cost.max(axis=1).tolist(), strict=True))
-    assert all(a[1] <= b[0] for a, b in zip(ends[:-1], ends[1:], strict=True))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
     assert not (np.diff(cost.mean(axis=1)) >= 0).all()
     assert group.skipped == none.skipped
 
