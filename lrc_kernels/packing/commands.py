@@ -143,9 +143,9 @@ def _bench(options: argparse.Namespace) -> None:
 
         def at_once(count: int = options.threads) -> int:
             with ThreadPoolExecutor(count) as pool:
-                return sum(pool.map(lambda _: decode(0.0, 1), range(count)))  # noqa: B023
+                return sum(pool.map(lambda _: decode(0.0, 1), range(count)))
 
-        ways = (lambda: decode(0.0, 0), lambda: decode(spacing / 2, 0), at_once)
+        ways = (lambda: decode(0.0, 0), lambda snap_s=spacing / 2: decode(snap_s, 0), at_once)
         best = [0.0, 0.0, 0.0]
         for _ in range(options.rounds):
             for i, way in enumerate(ways):

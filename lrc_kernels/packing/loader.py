@@ -231,7 +231,7 @@ class PackedLoader:
             if strict:
                 raise StateMismatchError(
                     f"state lies {packs} packs within a step of {loaded.packs_per_step} on {loaded.dp_size} ranks, "
-                    f"this loader has steps of {pps} on {self.rank.dp_size}: save between steps, or load with strict=False"
+                    f"this loader has steps of {pps} on {self.rank.dp_size}: save between steps, or use strict=False"
                 )
             packs = 0
         delivered = step * loaded.packs_per_step

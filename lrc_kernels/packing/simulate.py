@@ -42,8 +42,7 @@ def stage3_lengths(num_samples: int, *, seed: int = 0, sampling: TemporalSamplin
 
 
 def read_lengths(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Columns num_tokens, and where there are more num_frames and num_supervised, of an index, or of a .npy, .json or .csv
-    file.
+    """Columns num_tokens, and where there are more num_frames and num_supervised, of an index, a .npy, .json or .csv.
 
     .npy: integers [n] or [n, 1 to 3]. .json: a list of integers, or an object of such lists by column name.
     .csv: one sample a line, with a header of column names or without.

@@ -31,7 +31,7 @@ def test_from_annotations_to_a_plan(tmp_path, capsys):
     assert "6 samples, 6 packed" in capsys.readouterr().out
     write_videos(tmp_path, [20, 15])
     assert main(["verify", str(out)]) == 1
-    assert re.match(r"error: .*3 samples have other videos than when it was built", capsys.readouterr().err)
+    assert re.match(r"error: .*6 samples have other videos than when it was built", capsys.readouterr().err)
 
 
 def test_bench_decode(tmp_path, capsys):
