@@ -170,7 +170,9 @@ class VideoStream:
         """
         tick = self._tick(time_s)
         at = bisect.bisect_left(self._keyframes, tick - self._delay)
-        near = self._keyframes[max(0, at - 1) : at + 1]
+        # What the index says of display times is right to the delay of reordering.
+        reach = self._delay + tolerance_s / self._time_base
+        near = [k for k in self._keyframes[max(0, at - 1) : at + 1] if abs(k + self._delay - tick) <= reach]
         for keyframe in sorted(near, key=lambda keyframe: abs(keyframe + self._delay - tick)):
             picture = self._keyframe(keyframe)
             if picture is not None and abs(picture.time_s - time_s) <= tolerance_s:
@@ -298,10 +300,13 @@ class VideoStream:
         """Decoding ticks of the keyframes, and of the last packet where the index lists every packet."""
         if not any(name in INDEXED_FORMATS for name in self._container.format.name.split(",")):
             return [], None
-        # Matroska reads its index at the first seek.
-        self._container.seek(self._start, stream=self._stream)
+        waits = "matroska" in self._container.format.name
+        if waits:
+            # Matroska reads its index at the first seek.
+            self._container.seek(self._start, stream=self._stream)
         entries = [(entry.timestamp, entry.is_keyframe) for entry in self._stream.index_entries]
-        self.restart()
+        if waits:
+            self.restart()
         last = max(tick for tick, _ in entries) if entries and len(entries) == self._stream.frames else None
         return sorted(tick for tick, is_keyframe in entries if is_keyframe), last
 

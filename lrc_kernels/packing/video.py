@@ -134,14 +134,16 @@ def decode_frames(
         frames = _frames_out(out, (len(times), 3, height, width))
         pts = torch.full((len(times),), math.nan, dtype=torch.float64)
         valid = torch.zeros(len(times), dtype=torch.bool)
-        shown, image = None, None
+        painter, shown, last = _Painter(height, width, info.rotation, threads), None, -1
         for done, (i, picture) in enumerate(_pictures(stream, times, snap_s), 1):
             if picture is None:
                 frames[i].zero_()
             else:
-                if picture is not shown or image is None:
-                    shown, image = picture, _to_rgb(picture.frame, height, width, info.rotation)
-                frames[i].copy_(image)
+                if picture is shown:
+                    frames[i].copy_(frames[last])
+                else:
+                    painter.paint(picture.frame, frames[i])
+                shown, last = picture, i
                 pts[i] = picture.time_s
                 valid[i] = True
             if progress is not None:
@@ -160,7 +162,8 @@ def _pictures(
             rest.append(i)
         else:
             yield i, picture
-    stream.restart()
+    if snap_s:
+        stream.restart()
     for i in rest:
         yield i, stream.picture_at(float(times[i]))
 
@@ -187,12 +190,29 @@ def _display_size(info: VideoInfo) -> tuple[int, int]:
     return (info.width, info.height) if info.rotation % 180 else (info.height, info.width)
 
 
-def _to_rgb(frame: av.VideoFrame, height: int, width: int, rotation: int) -> Tensor:
-    """uint8 [3, height, width] of a frame, turned counterclockwise by `rotation` degrees."""
-    if rotation % 180:
-        height, width = width, height
-    image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(image, rotation // 90))).permute(2, 0, 1)
+class _Painter:
+    """Frames to RGB planes, turned counterclockwise by `rotation` degrees. The scaler is set up once for all frames."""
+
+    def __init__(self, height: int, width: int, rotation: int, threads: int) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._scaler, self._turns = VideoReformatter(), rotation // 90
+        self._threads = threads or None
+        self._height, self._width = (width, height) if self._turns % 2 else (height, width)
+
+    def paint(self, frame: av.VideoFrame, out: Tensor) -> None:
+        """Write uint8 [3, H, W]."""
+        planar = self._scaler.reformat(
+            frame,
+            width=self._width,
+            height=self._height,
+            format="gbrp",
+            interpolation="BICUBIC",
+            threads=self._threads,
+        )
+        for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
+            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
+            np.copyto(out[channel].numpy(), np.rot90(rows[: self._height, : self._width], self._turns))
 
 
 def _as_times(timestamps: Sequence[float] | npt.NDArray[np.float64] | Tensor) -> npt.NDArray[np.float64]:
