@@ -36,7 +36,8 @@ class TemporalSampling:
             frames more than doubles.
         snap: "exact" shows the frame at each time; "keyframe" may show a keyframe close to it instead, which needs no
             other frame to be decoded: an hour of video then costs little more than a minute.
-        snap_tolerance: how far "keyframe" may go, as a share of the even spacing of the times, in (0, 0.5].
+        snap_tolerance: how far "keyframe" may go, as a share of the even spacing of the times, in (0, 1]. Beyond a
+            half, neighbouring times may show the same keyframe.
 
     Raises:
         TypeError: counts that are no ints. ValueError: any other value that the rule cannot take.
@@ -69,8 +70,8 @@ class TemporalSampling:
         check_choice("policy", self.policy, ("cliff", "smooth"))
         check_choice("snap", self.snap, ("exact", "keyframe"))
         _check_positive("snap_tolerance", self.snap_tolerance)
-        if self.snap_tolerance > 0.5:
-            raise ValueError(f"snap_tolerance must be in (0, 0.5], got {self.snap_tolerance}")
+        if self.snap_tolerance > 1:
+            raise ValueError(f"snap_tolerance must be in (0, 1], got {self.snap_tolerance}")
         if isinstance(self.content, str):
             check_choice("content", self.content, ("packets",))
         elif self.content is not None:
