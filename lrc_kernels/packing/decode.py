@@ -88,8 +88,11 @@ class DecodePart:
             raise ValueError(f"{path} has {size} bytes, but {wanted} when the index was built")
         rule = self._rule(media)
         times = self.index.timestamps(self.sample_id, rule)
-        length = float(self.index.columns["end"][self.sample_id] - self.index.columns["start"][self.sample_id])
-        snap_s = rule.tolerance_s(length, len(times))
+        start, end, duration = (float(self.index.columns[k][self.sample_id]) for k in ("start", "end", "duration"))
+        snap_s = rule.tolerance_s(end - start, len(times))
+        if (start, end) != (0.0, duration):
+            # No frame of a part may come from outside of it.
+            snap_s = min(snap_s, float(times[0]) - start, end - float(times[-1]))
         valid = self._into(self.frames, media, times, self.first, self.last, snap_s)
         if bool(valid.all()):
             return

@@ -19,7 +19,7 @@ from lrc_kernels.layout import VarlenLayout
 from lrc_kernels.packing.batch import PackedBatch
 from lrc_kernels.packing.dataset import BadSample, OpenPack, PackedDataset
 from lrc_kernels.packing.decode import DecodePart, DecodePool
-from lrc_kernels.packing.plan import PackStats
+from lrc_kernels.packing.plan import PackPlan, PackStats
 from lrc_kernels.packing.state import LoaderState, StateMismatchError, config_digest
 
 # A first few bad samples say nothing about the share of bad ones.
@@ -74,10 +74,10 @@ class LoaderStats:
         lost_weight: what the masked samples would have weighed, summed over steps; the trainer does not make up for it.
         utilisation: tokens of samples / room of the packs.
         wait_s: seconds that the consumer waited. decode_s: seconds of all decoding threads.
-        plan: the figures of the whole plan: which budget binds, imbalance over the ranks, what was left out and why.
     """
 
-    plan: PackStats
+    _plan: PackPlan
+    _dp_size: int
     packs: int = 0
     samples: int = 0
     tokens: int = 0
@@ -88,6 +88,11 @@ class LoaderStats:
     utilisation: float = 0.0
     wait_s: float = 0.0
     decode_s: float = 0.0
+
+    @property
+    def plan(self) -> PackStats:
+        """Figures of the whole plan: which budget binds, imbalance over the ranks, what was left out and why."""
+        return self._plan.stats(self._dp_size)
 
 
 class PackedLoader:
@@ -149,7 +154,10 @@ class PackedLoader:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
         if not decode_timeout_s > 0:
             raise ValueError(f"decode_timeout_s must be above 0, got {decode_timeout_s}")
-        self.stats = LoaderStats(plan=dataset.plan.stats(rank.dp_size))
+        if dataset.plan.num_steps:
+            # A dp_size that does not divide the packs of a step is refused before anything starts.
+            dataset.plan.rank_of_pack(0, rank.dp_size)
+        self.stats = LoaderStats(dataset.plan, rank.dp_size)
         self.dataset, self.rank, self.on_bad = dataset, rank, on_bad
         self.bad: dict[int, BadSample] = {}
         self._threads, self._prefetch, self._timeout_s = decode_threads, prefetch_packs, decode_timeout_s
@@ -185,7 +193,7 @@ class PackedLoader:
             return
         self.close()
         self.dataset.set_epoch(epoch)
-        self.stats.plan = self.dataset.plan.stats(self.rank.dp_size)
+        self.stats._plan = self.dataset.plan
         self._step = self._packs = 0
         self._finished = False
 
@@ -247,7 +255,7 @@ class PackedLoader:
             self.dataset.set_epoch(plan.epoch)
             raise StateMismatchError(f"state has {delivered // pps} steps and {packs} packs, this loader {steps} steps")
         self._step, self._packs = delivered // pps, packs
-        self.stats.plan = self.dataset.plan.stats(self.rank.dp_size)
+        self.stats._plan = self.dataset.plan
         self._known_bad, self._finished = frozenset(loaded.bad), False
 
     def _run(self) -> Iterator[PackedBatch]:

@@ -145,6 +145,7 @@ def test_a_loader_gives_what_the_dataset_has(index, threads, prefetch):
         for pack, batch in enumerate(batches):
             same(batch, dataset[pack])
         assert loader.stats.samples == 14 and loader.stats.packs == len(dataset) and loader.stats.bad == 0
+        assert loader.stats.plan == dataset.plan.stats(1) and loader.stats.plan.binding == {"tokens": 1.0}
         assert loader.stats.utilisation == pytest.approx(dataset.plan.stats().utilisation)
         assert [batch.pack_id for batch in loader] == [batch.pack_id for batch in batches]
 
@@ -514,3 +515,20 @@ def test_bad_datasets_and_ranks(index):
         ParallelRank(0, 1, 2, 2)
     with pytest.raises(ValueError, match="dp_size must be >= 1, got 0"):
         ParallelRank(0, 0)
+
+
+def test_no_frame_of_a_part_comes_from_outside_of_it(tmp_path):
+    write_videos(tmp_path, [40])
+    rule = TemporalSampling(
+        multiple_of=4, min_frames=4, max_frames=4, dense_fps=2, snap="keyframe", snap_tolerance=1.0, content="packets"
+    )
+    parts = [[0.9, 1.7], [1.5, 3.1], [0.0, 3.9]]
+    config = write_dataset(tmp_path, [talk("a", "b", video="v0.mp4", clip=part) for part in parts])
+    index = build_index(config, rule, ByteTokenizer(), tmp_path / "index", tokens_per_frame=1, template=TEMPLATE)
+    dataset = dataset_of(index, config=PackConfig(max_tokens=1000, drop_last=False))
+    (batch,) = PackedLoader(dataset)
+    assert batch.frame_valid.all() and not dataset.bad
+    for i, pts in zip(batch.sample_ids.tolist(), batch.frame_pts.split(4), strict=True):
+        start, end = parts[i]
+        # The frame on show at a time may have begun before it, by a tenth of a second here.
+        assert pts.min() > start - 0.1 and pts.max() < end

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders in real processes: sequence-parallel ranks that agree on bad samples over gloo, and one state of all ranks."""
+"""Loaders in real processes: sequence-parallel ranks that agree on bad samples over gloo, one state of all ranks."""
 
 from __future__ import annotations
 
