@@ -145,7 +145,7 @@ class PackedDataset(Dataset[PackedBatch]):
             hold its samples.
 
     Attributes:
-        bad: samples that `dataset[i]` could not decode, by sample_id.
+        bad: samples that `dataset[i]` could not decode, by sample_id; those of a DataLoader's workers stay with them.
 
     Raises:
         TypeError, ValueError: naming the argument.

@@ -150,6 +150,20 @@ def test_a_loader_gives_what_the_dataset_has(index, threads, prefetch):
         assert [batch.pack_id for batch in loader] == [batch.pack_id for batch in batches]
 
 
+def test_batches_go_to_a_device(index):
+    for batch in PackedLoader(dataset_of(index), device="meta"):
+        assert batch.frames.device.type == batch.layout.cu_seqlens.device.type == batch.input_ids.device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_batches_arrive_on_the_gpu_from_pinned_memory(index):
+    dataset = dataset_of(index)
+    assert all(batch.frames.is_pinned() and batch.input_ids.is_pinned() for batch in PackedLoader(dataset))
+    for batch in PackedLoader(dataset, device="cuda"):
+        assert batch.frames.is_cuda and batch.layout.cu_seqlens.is_cuda
+        same(batch.to("cpu", non_blocking=False), dataset[batch.pack_id])
+
+
 def test_torch_data_loader(index):
     dataset = dataset_of(index)
     for workers in (0, 1):

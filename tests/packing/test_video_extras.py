@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -40,6 +42,33 @@ def test_snapping_a_rule_decodes_only_keyframes_of_a_long_video(tmp_path):
     assert video.valid.all()
     assert (np.abs(video.pts.numpy() - times) <= 600 / 64).all()
     assert [level(frame) for frame in video.frames] == [round(t) % 40 for t in video.pts.tolist()]
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("mpeg4", "mp4")])
+@pytest.mark.parametrize("steady", [True, False])
+def test_frames_say_which_they_are_in_every_codec(tmp_path, codec, suffix, steady):
+    """Frame i is grey level 6 i, at an even or an uneven rate; the oracle is the last frame begun by each time."""
+    path = tmp_path / f"a.{suffix}"
+    starts = [100 * i if steady else 37 * i + 400 * (i // 5) for i in range(30)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 2_000_000
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.gop_size = 10
+        for i, start in enumerate(starts):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 6 * i, dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = start, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    times = np.sort(np.random.default_rng(0).uniform(0, (starts[-1] - 1) / 1000, 40))
+    video = decode_frames(path, times)
+    assert video.valid.all()
+    # Times on a clock of milliseconds may be rounded by one.
+    clear = [min(abs(1000 * t - s) for s in starts) > 1.5 for t in times]
+    shown = [level(frame) for frame in video.frames]
+    oracle = [bisect.bisect_right(starts, 1000 * t) - 1 for t in times]
+    assert sum(clear) > 30
+    assert [s for s, c in zip(shown, clear, strict=True) if c] == [o for o, c in zip(oracle, clear, strict=True) if c]
 
 
 def test_a_stream_without_an_index_stays_exact(tmp_path):
