@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -22,8 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 from lrc_kernels.checks import check_choice, check_int
-from lrc_kernels.packing import index as index_module
-from lrc_kernels.packing.index import COLUMNS, INVALID, NO_VIDEO, OK, OVERLONG, RAGGED, SCHEMA, UNREADABLE, Index
+from lrc_kernels.packing.index import (
+    COLUMNS,
+    INVALID,
+    NO_VIDEO,
+    OK,
+    OVERLONG,
+    RAGGED,
+    SCHEMA,
+    UNREADABLE,
+    Index,
+    content_digest,
+)
 from lrc_kernels.packing.media import MediaSlice, resolve_inside
 from lrc_kernels.packing.sampling import TemporalSampling
 from lrc_kernels.packing.sources import JsonSource, SampleSource, SourceSample
@@ -68,20 +80,12 @@ def build_index(
         chunk: samples between two saves.
 
     Raises:
-        TypeError, ValueError: naming the argument, or file and line of annotations. FileExistsError: another index at
-        `out`. Videos that cannot be read do not raise: they are counted in a warning and get no tokens.
+        TypeError, ValueError: naming the argument, or file and line of annotations. FileExistsError: something else at
+        `out`. BlockingIOError: another process builds it. Videos that cannot be read do not raise: they are counted in
+        a warning and get no tokens.
     """
-    check_int("tokens_per_frame", tokens_per_frame, minimum=1)
-    check_int("chunk", chunk, minimum=1)
-    check_choice("invalid", invalid, ("raise", "skip"))
-    if max_tokens is not None:
-        check_int("max_tokens", max_tokens, minimum=1)
     threads = (os.cpu_count() or 1) if threads is None else threads
-    check_int("threads", threads, minimum=1)
-    if not isinstance(sampling, TemporalSampling):
-        raise TypeError(f"sampling must be a TemporalSampling, got {type(sampling).__name__}")
-    if not (sampling.content is None or isinstance(sampling.content, str)):
-        raise ValueError("sampling.content must be None or 'packets' here, got the activity of one video")
+    _check_options(sampling, tokens_per_frame, chunk, threads, max_tokens, invalid)
     samples = JsonSource(source) if isinstance(source, (str, os.PathLike)) else source
     template = ChatTemplate() if template is None else template
     encoder = Encoder(tokenizer, template)
@@ -99,24 +103,57 @@ def build_index(
     if target.exists():
         return _existing(target, meta)
     work = target.with_name(target.name + ".partial")
-    _prepare(work, {**meta, "chunk": chunk})
     builder = _Builder(encoder, sampling, tokens_per_frame, max_tokens, allow_outside_root)
-    _write_parts(samples, builder, work, chunk, threads)
-    parts = sorted(work.glob("part-*.npz"))
+    with _locked(work):
+        _prepare(work, {**meta, "chunk": chunk})
+        _write_parts(samples, builder, work, chunk, threads)
+        parts = sorted(work.glob("part-*.npz"))
+        _report(parts, invalid)
+        _finish(parts, work / "index", target, meta)
+        shutil.rmtree(work)
+    return Index.load(target)
+
+
+def _check_options(
+    sampling: TemporalSampling, tokens_per_frame: int, chunk: int, threads: int, max_tokens: int | None, invalid: str
+) -> None:
+    check_int("tokens_per_frame", tokens_per_frame, minimum=1)
+    check_int("chunk", chunk, minimum=1)
+    check_choice("invalid", invalid, ("raise", "skip"))
+    if max_tokens is not None:
+        check_int("max_tokens", max_tokens, minimum=1)
+    check_int("threads", threads, minimum=1)
+    if not isinstance(sampling, TemporalSampling):
+        raise TypeError(f"sampling must be a TemporalSampling, got {type(sampling).__name__}")
+    if not (sampling.content is None or isinstance(sampling.content, str)):
+        raise ValueError("sampling.content must be None or 'packets' here, got the activity of one video")
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Nobody else works in this folder meanwhile; the lock ends with the process, however that ends."""
+    work.mkdir(parents=True, exist_ok=True)
+    folder = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is building in {work}: let one build and the others load") from None
+        yield
+    finally:
+        os.close(folder)
+
+
+def _finish(parts: list[Path], folder: Path, target: Path, meta: dict[str, Any]) -> None:
+    """Join the parts in `folder` and give it its name once it is whole."""
     roots = list(dict.fromkeys(root for part in parts for root in _strings(part, "roots")))
-    meta["roots"] = roots
-    _report(parts, invalid)
-    folder = work / "index"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     arrays = _join(parts, folder, roots)
-    meta["num_samples"] = len(arrays["status"])
-    meta["digest"] = index_module.content_digest(arrays, meta)
-    del arrays
+    meta = {**meta, "roots": roots, "num_samples": len(arrays["status"])}
+    meta["digest"] = content_digest(arrays, meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True), encoding="utf-8")
     os.replace(folder, target)
-    shutil.rmtree(work)
-    return Index.load(target)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -219,13 +256,16 @@ def _prepare(work: Path, inputs: dict[str, Any]) -> None:
     said = work / "inputs.json"
     text = json.dumps(inputs, indent=1, sort_keys=True)
     if not (said.is_file() and said.read_text(encoding="utf-8") == text):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        for old in work.iterdir():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         said.write_text(text, encoding="utf-8")
 
 
 def _existing(target: Path, meta: dict[str, Any]) -> Index:
-    index = Index.load(target)
+    try:
+        index = Index.load(target)
+    except (FileNotFoundError, ValueError) as error:
+        raise FileExistsError(f"{target} exists and is no index ({error}): remove it or write elsewhere") from None
     if differs := [name for name, value in meta.items() if index.meta.get(name) != json.loads(json.dumps(value))]:
         raise FileExistsError(
             f"{target} holds an index from another {', '.join(differs)}: remove it or write elsewhere"

@@ -124,6 +124,22 @@ def test_a_build_that_was_cut_off_goes_on(data, monkeypatch):
     assert build(config, data / "other", chunk=1).columns["n_frames"].tolist() == [0, 4, 4, 0, 4, 8]
 
 
+def test_one_process_builds(data, monkeypatch):
+    config = write_dataset(data, RECORDS)
+    probe = build_module.probe_video
+
+    def another_comes(src):
+        with pytest.raises(BlockingIOError, match=r"another process is building in .*index\.partial"):
+            build(config, data / "index")
+        return probe(src)
+
+    monkeypatch.setattr(build_module, "probe_video", another_comes)
+    assert len(build(config, data / "index", threads=1)) == 6
+    (data / "taken").mkdir()
+    with pytest.raises(FileExistsError, match="taken exists and is no index"):
+        build(config, data / "taken")
+
+
 def test_the_duration_of_the_file_wins(data):
     records = [talk("a", "b", video="v0.mp4", duration=9.0), talk("a", "b", video="v1.mp4", duration=2.52)]
     with pytest.warns(UserWarning, match="1 videos differ from the duration in their annotation by more than 1 s or 5"):
