@@ -61,15 +61,12 @@ def build_index(
 ) -> Index:
     """Open every video, tokenise every conversation, and write what they weigh.
 
-    Lengths are decided here and never again: the file's duration counts, not the annotation's. The index is written to
-    `out` + ".partial" and renamed when it is whole; a build that was cut off goes on where it stopped. An index that is
-    already there and came from the same inputs is loaded; videos are not looked at again (`Index.verify` does).
+    Lengths are decided here and never again, by the files' durations. The index is renamed from `out` + ".partial" when
+    it is whole; a build that was cut off goes on. An index of the same inputs is loaded (see `Index.verify`).
 
     Args:
         source: a JSON file as JsonSource takes it, or a SampleSource.
-        sampling: how many frames a video gets.
-        tokenizer: with `encode` and `special_tokens`.
-        out: the folder to write.
+        sampling, tokenizer, out: how many frames a video gets, a Tokenizer, and the folder to write.
         tokens_per_frame: visual tokens of a frame: those of a clip / its frames.
         template: how a conversation is written.
         max_tokens: a sample with more gets fewer frames, in whole clips and at least one; its text is never cut.
@@ -90,14 +87,10 @@ def build_index(
     template = ChatTemplate() if template is None else template
     encoder = Encoder(tokenizer, template)
     meta = {
-        "schema": SCHEMA,
-        "sampling": dataclasses.asdict(sampling),
+        **_inputs(sampling, tokenizer, samples, template),
         "tokens_per_frame": tokens_per_frame,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": dataclasses.asdict(template),
         "max_tokens": max_tokens,
         "allow_outside_root": allow_outside_root,
-        "source": samples.fingerprint(),
     }
     target = Path(out)
     if target.exists():
@@ -112,6 +105,18 @@ def build_index(
         _finish(parts, work / "index", target, meta)
         shutil.rmtree(work)
     return Index.load(target)
+
+
+def _inputs(
+    sampling: TemporalSampling, tokenizer: Tokenizer, samples: SampleSource, template: ChatTemplate
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "sampling": dataclasses.asdict(sampling),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": dataclasses.asdict(template),
+        "source": samples.fingerprint(),
+    }
 
 
 def _check_options(

@@ -124,12 +124,7 @@ def decode_frames(
     check_int("threads", threads, minimum=0)
     with open_stream(path, threads) as stream:
         info = _info(path, stream)
-        outside = np.flatnonzero(~((times >= 0) & (times < info.duration_s)))
-        if outside.size:
-            at = int(outside[0])
-            raise ValueError(
-                f"timestamps must lie in [0, {info.duration_s}), the duration of {path}, got {times[at]} at index {at}"
-            )
+        _check_inside(times, info)
         height, width = _display_size(info) if size is None else _checked_size(size)
         frames = _frames_out(out, (len(times), 3, height, width))
         pts = torch.full((len(times),), math.nan, dtype=torch.float64)
@@ -222,6 +217,15 @@ def _as_times(timestamps: Sequence[float] | npt.NDArray[np.float64] | Tensor) ->
     if times.ndim != 1:
         raise ValueError(f"timestamps must have 1 dimension, got shape {list(times.shape)}")
     return times
+
+
+def _check_inside(times: npt.NDArray[np.float64], info: VideoInfo) -> None:
+    outside = np.flatnonzero(~((times >= 0) & (times < info.duration_s)))
+    if outside.size:
+        at = int(outside[0])
+        raise ValueError(
+            f"timestamps must lie in [0, {info.duration_s}), the duration of {info.path}, got {times[at]} at index {at}"
+        )
 
 
 def _checked_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
-from lrc_kernels.packing import TemporalSampling
+from lrc_kernels.packing import Index, PackConfig, PackedDataset, TemporalSampling, build_index, plan_packs
 from lrc_kernels.packing.template import ChatTemplate
 from tests.packing.videos import write_video
 
@@ -47,3 +49,41 @@ def write_videos(folder: Path, counts: list[int]) -> list[str]:
     for name, count in zip(names, counts, strict=True):
         write_video(folder / "videos" / name, [100 * i for i in range(count)], size=(32, 32))
     return names
+
+
+CONFIG = PackConfig(max_tokens=160, drop_last=False)
+COUNTS = [40, 25, 10, 30]
+ANSWERS = ["no", "maybe so", "y", "it is the third of them"]
+
+
+def _records(n: int) -> list[dict]:
+    made = []
+    for i in range(n):
+        video = {"video": f"v{i % 5}.mp4"} if i % 5 < 4 else {}
+        made.append(talk(f"question {i}", ANSWERS[i % 4], **video))
+    return made
+
+
+def make_index(folder: Path, n: int = 14) -> Index:
+    """An index of n questions about the videos of `write_videos(folder, COUNTS)`; every fifth has none."""
+    return build_index(
+        write_dataset(folder, _records(n)),
+        SAMPLING,
+        ByteTokenizer(),
+        folder / "index",
+        tokens_per_frame=TOKENS_PER_FRAME,
+        template=TEMPLATE,
+        threads=2,
+    )
+
+
+def dataset_of(index: Index, packs_per_step: int = 1, **options: Any) -> PackedDataset:
+    """A plan of it, and its dataset of small frames."""
+    plan_options = {k: options.pop(k) for k in ("balance", "epoch", "seed") if k in options}
+    config = options.pop("config", CONFIG)
+    plan = plan_packs(index, config, packs_per_step=packs_per_step, **plan_options)
+    return PackedDataset(index, plan, **{"image_size": 16, **options})
+
+
+def threads_named(prefix: str) -> int:
+    return sum(thread.name.startswith(prefix) for thread in threading.enumerate())
