@@ -39,10 +39,6 @@ inline Vec exp(Vec x) {
   return x < low ? Vec{} : y;
 }
 
-inline float exp_scalar(float x) {
-  return exp(splat(x))[0];
-}
-
 // a and b halved: the 128-bit quarters of the sum hold {a, b} of the lanes that the two index vectors pair.
 inline Vec fold(Vec a, Vec b, IntVec first, int32_t distance) {
   return shuffle(a, b, first) + shuffle(a, b, first + distance);
@@ -336,17 +332,18 @@ void block_scores(const ScoreArgs& args, const ScoreSpan& span, int64_t block) {
 // Over the blocks of one vector, ascending: maximum becomes the factor exp(block maximum - maximum) / sum.
 void merge_blocks(const ScoreSpan& span, int64_t vectors, int64_t v) {
   const int64_t num_blocks = (span.visible[v % span.num_rows] + kScoreBlock - 1) / kScoreBlock;
-  float largest = -kInfinity, total = 0.f;
+  const float* m = span.maximum + v;
+  float largest = -kInfinity;
+  for (int64_t b = 0; b < num_blocks; ++b) largest = m[b * vectors] > largest ? m[b * vectors] : largest;
+  // In double precision, so that what is rounded is each key's own exponential and this factor, once.
+  const auto weight = [&](int64_t b) {
+    return m[b * vectors] == largest ? 1. : __builtin_exp(static_cast<double>(m[b * vectors]) - largest);
+  };
+  double total = 0.;
+  for (int64_t b = 0; b < num_blocks; ++b) total += weight(b) * span.sum[b * vectors + v];
   for (int64_t b = 0; b < num_blocks; ++b) {
-    const float m = span.maximum[b * vectors + v];
-    largest = m > largest ? m : largest;
+    span.maximum[b * vectors + v] = static_cast<float>(weight(b) / total);
   }
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    float* m = span.maximum + b * vectors + v;
-    *m = *m == largest ? 1.f : exp_scalar(*m - largest);
-    total += *m * span.sum[b * vectors + v];
-  }
-  for (int64_t b = 0; b < num_blocks; ++b) span.maximum[b * vectors + v] /= total;
 }
 
 template <class Body>

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m lrc_kernels.packing plan`: lengths in, a table (and a picture) of what each strategy makes of them out."""
+"""`python -m lrc_kernels.packing index|verify|plan|bench-decode`; `plan`: lengths in, a table (and a picture) of what
+each strategy makes of them out."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lrc_kernels.packing.commands import add_commands
 from lrc_kernels.packing.config import STRATEGIES, PackConfig
 from lrc_kernels.packing.plan import PackStats, plan_packs
 from lrc_kernels.packing.sampling import TemporalSampling
@@ -38,7 +40,7 @@ def _add_plan(commands: Any) -> None:
         help="utilisation and imbalance of each packing strategy on your lengths",
         description="Packs the samples of a file by each strategy and prints what comes of it.",
     )
-    parser.add_argument("lengths", nargs="?", type=Path, help=".npy, .json or .csv of num_tokens[, num_frames[, ...]]")
+    parser.add_argument("lengths", nargs="?", type=Path, help="an index, or .npy, .json, .csv of num_tokens[, ...]")
     parser.add_argument("--demo", choices=("stage3",), help="instead of a file: a mix like the paper's stage 3")
     parser.add_argument("--samples", type=int, default=350_000, help="samples that --demo draws (default %(default)s)")
     parser.add_argument("--sampling", choices=("paper", "release"), default="paper", help="frame policy of --demo")
@@ -171,7 +173,9 @@ def _draw(rows: list[_Row], options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lrc_kernels.packing", description=__doc__)
-    _add_plan(parser.add_subparsers(required=True, metavar="command"))
+    commands = parser.add_subparsers(required=True, metavar="command")
+    add_commands(commands)
+    _add_plan(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

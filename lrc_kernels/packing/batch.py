@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from lrc_kernels.checks import check_tensor, check_values
 from lrc_kernels.layout import VarlenLayout
 
 IGNORE_INDEX = -100
@@ -57,6 +58,11 @@ class PackedBatch:
         num_droppable: droppable tokens of each sequence, on the host.
         num_targets: rows with a target, on the host.
         pack_id, step: where the plan puts this pack.
+        rows: int64 [T], the row of the whole pack that each row here is, -1 for padding; None = all rows in order. In
+            such a shard everything with a T holds these rows only, while `layout`, `num_droppable`, `sample_ids` and
+            the numbers in `visual_index` still speak of the whole pack.
+        clips: int64 [C], the clips of the whole pack that `frames`, `frame_pts`, `frame_valid` and `visual_index` hold;
+            None = all of them.
     """
 
     input_ids: Tensor
@@ -75,10 +81,68 @@ class PackedBatch:
     num_targets: int
     pack_id: int = 0
     step: int = 0
+    rows: Tensor | None = None
+    clips: Tensor | None = None
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+    def shard(self, indices: Tensor, clips: Sequence[int] | None = None) -> PackedBatch:
+        """What one sequence-parallel rank works on.
+
+        Args:
+            indices: int64 [T_local] rows of the pack, -1 for padding: `SequencePlan.local_indices`. Padding is token 0
+                at position 0 without a target.
+            clips: the clips that this rank encodes; None = those that this batch holds. Their features belong to the
+                rows `visual_index` of the whole pack, which other ranks may own.
+
+        Raises:
+            TypeError, ValueError: rows or clips that this batch does not have, or a batch that is a shard already.
+        """
+        if self.rows is not None or (clips is not None and self.clips is not None):
+            raise ValueError("a shard must be taken of a whole batch, got a batch that is a shard already")
+        check_tensor("indices", indices, dims=(1,), dtypes=(torch.int64,), like=self.input_ids)
+        total = self.layout.num_tokens
+        check_values("indices", indices, (indices >= -1) & (indices < total), f"in [-1, {total})")
+        real, at = indices >= 0, indices.clamp(min=0)
+
+        def rows(values: Tensor, padding: float) -> Tensor:
+            return torch.where(real, values[..., at], padding)
+
+        targets = rows(self.targets, IGNORE_INDEX)
+        whole = self if clips is None else self._only(clips)
+        return replace(
+            whole,
+            input_ids=rows(self.input_ids, 0),
+            targets=targets,
+            position_ids=rows(self.position_ids, 0),
+            loss_weight=rows(self.loss_weight, 0.0),
+            droppable=rows(self.droppable, False),
+            num_targets=int((targets != IGNORE_INDEX).sum()),
+            rows=indices,
+        )
+
+    def _only(self, clips: Sequence[int]) -> PackedBatch:
+        count = self.frames.shape[0] // self.clip_frames
+        index = torch.as_tensor(list(clips), dtype=torch.int64, device=self.frames.device)
+        check_values("clips", index, (index >= 0) & (index < count), f"in [0, {count})")
+        if count and self.visual_index.shape[0] % count:
+            raise ValueError(
+                f"visual_index must hold equally many rows for each of {count} clips, got {self.visual_index.shape[0]}"
+            )
+
+        def of_clips(values: Tensor) -> Tensor:
+            if count == 0:
+                return values
+            by_clip = values.unflatten(0, (count, -1))
+            start, end = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0)
+            # Neighbouring clips, the usual case, are a view.
+            near = end - start == len(index) and bool((index.diff() == 1).all())
+            return (by_clip[start:end] if near else by_clip[index]).flatten(0, 1)
+
+        names = ("frames", "frame_pts", "frame_valid", "visual_index")
+        return replace(self, **{name: of_clips(getattr(self, name)) for name in names}, clips=index)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
         """The same batch on a device; from pinned memory the copies overlap with what runs there."""
@@ -95,7 +159,8 @@ class PackedBatch:
         Raises:
             ValueError: naming the field, the index, what was expected and what was found.
         """
-        total, num_frames = self.layout.num_tokens, self.frames.shape[0]
+        total = self.layout.num_tokens if self.rows is None else self.rows.shape[0]
+        num_frames = self.frames.shape[0]
         shapes = {
             "input_ids": (total,),
             "targets": (total,),
@@ -117,6 +182,9 @@ class PackedBatch:
             found = len(self.num_droppable)
             raise ValueError(f"num_droppable must have one entry per sequence ({len(self.sample_ids)}), got {found}")
         self._validate_targets()
+        if self.rows is not None or self.clips is not None:
+            self._validate_shard()
+            return
         counts = [int(part.sum()) for part in self.droppable.split(self.layout.lengths)]
         for index, (expected, found) in enumerate(zip(self.num_droppable, counts, strict=True)):
             if expected != found:
@@ -142,6 +210,8 @@ class PackedBatch:
             raise ValueError(
                 f"loss_weight[{at}] must be 0 where there is no target and finite elsewhere, got {self.loss_weight[at]}"
             )
+        if self.rows is not None:
+            return
         for index, (start, end) in enumerate(zip(self.layout.cu_seqlens, self.layout.cu_seqlens[1:], strict=False)):
             if end > start and self.targets[end - 1] != IGNORE_INDEX:
                 raise ValueError(
@@ -149,16 +219,38 @@ class PackedBatch:
                     f"got {int(self.targets[end - 1])}"
                 )
 
+    def _validate_shard(self) -> None:
+        """What can be said of a part: the rest of the pack decides which tokens are visual."""
+        total = self.layout.num_tokens
+        outside = (self.visual_index < 0) | (self.visual_index >= total)
+        if bool(outside.any()):
+            at = int(outside.nonzero()[0])
+            raise ValueError(f"visual_index[{at}] must be a row in [0, {total}), got {int(self.visual_index[at])}")
+        wrong = self.droppable & (self.targets != IGNORE_INDEX)
+        if self.rows is not None:
+            wrong |= (self.rows < 0) & ((self.targets != IGNORE_INDEX) | self.droppable)
+            ends = torch.isin(self.rows, self.layout.cu_seqlens[1:].long() - 1)
+            wrong |= ends & (self.targets != IGNORE_INDEX)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"targets[{at}] must be -100 (padding, droppable, or the last row of a sequence)")
+
 
 def pack_samples(
-    samples: Sequence[Sample], *, clip_frames: int, token_weight: float | None = None, pack_id: int = 0, step: int = 0
+    samples: Sequence[Sample],
+    *,
+    clip_frames: int,
+    token_weight: float | Sequence[float] | None = None,
+    pack_id: int = 0,
+    step: int = 0,
 ) -> PackedBatch:
     """Lay samples back to back.
 
     Args:
         samples: at least one.
         clip_frames: frames of one clip; every sample's frames must be whole clips.
-        token_weight: share of one supervised token in the loss of the step; None = 1 / those of this pack.
+        token_weight: share of one supervised token in the loss of the step, or that of each sample's tokens; None =
+            1 / those of this pack.
 
     Raises:
         TypeError, ValueError: naming the sample and the field that does not fit.
@@ -167,28 +259,59 @@ def pack_samples(
         raise ValueError("samples must hold at least one sample, got none")
     for index, sample in enumerate(samples):
         _check_sample(index, sample, clip_frames)
+    size = next((sample.frames.shape[1:] for sample in samples if sample.frames is not None), (3, 0, 0))
+    frames = [sample.frames for sample in samples if sample.frames is not None]
+    return lay_out(
+        samples,
+        torch.cat(frames) if frames else torch.empty(0, *size, dtype=torch.uint8),
+        torch.cat([_per_frame(sample, sample.frame_pts, 0.0).float() for sample in samples]),
+        torch.cat([_per_frame(sample, sample.frame_valid, True).bool() for sample in samples]),
+        clip_frames=clip_frames,
+        token_weight=token_weight,
+        pack_id=pack_id,
+        step=step,
+    )
+
+
+def lay_out(
+    samples: Sequence[Sample],
+    frames: Tensor,
+    frame_pts: Tensor,
+    frame_valid: Tensor,
+    *,
+    clip_frames: int,
+    token_weight: float | Sequence[float] | None = None,
+    pack_id: int = 0,
+    step: int = 0,
+) -> PackedBatch:
+    """`pack_samples` with the frames of all samples in one tensor already; those of the samples are not looked at."""
     lengths = [len(sample.input_ids) for sample in samples]
     targets = torch.cat([_targets(sample) for sample in samples])
     num_targets = int((targets != IGNORE_INDEX).sum())
     if token_weight is None:
         token_weight = 1 / num_targets if num_targets else 0.0
+    if not isinstance(token_weight, (int, float)):
+        if len(token_weight) != len(samples):
+            raise ValueError(f"token_weight must hold one weight per sample ({len(samples)}), got {len(token_weight)}")
+        weight: Tensor | float = torch.tensor(token_weight, dtype=torch.float64).repeat_interleave(
+            torch.tensor(lengths)
+        )
+    else:
+        weight = token_weight
     visual = torch.cat([sample.visual for sample in samples])
     droppable = visual & (targets == IGNORE_INDEX)
-    size = next((sample.frames.shape[1:] for sample in samples if sample.frames is not None), (3, 0, 0))
-    frames = [sample.frames for sample in samples if sample.frames is not None]
-    layout = VarlenLayout(lengths)
     return PackedBatch(
         input_ids=torch.cat([sample.input_ids for sample in samples]),
         targets=targets,
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        loss_weight=torch.where(targets != IGNORE_INDEX, token_weight, 0.0).float(),
+        loss_weight=torch.where(targets != IGNORE_INDEX, weight, 0.0).float(),
         droppable=droppable,
-        frames=torch.cat(frames) if frames else torch.empty(0, *size, dtype=torch.uint8),
-        frame_pts=torch.cat([_per_frame(sample, sample.frame_pts, 0.0).float() for sample in samples]),
-        frame_valid=torch.cat([_per_frame(sample, sample.frame_valid, True).bool() for sample in samples]),
+        frames=frames,
+        frame_pts=frame_pts,
+        frame_valid=frame_valid,
         visual_index=visual.nonzero().squeeze(1),
         sample_ids=torch.tensor([sample.sample_id for sample in samples]),
-        layout=layout,
+        layout=VarlenLayout(lengths),
         clip_frames=clip_frames,
         num_droppable=tuple(int(part.sum()) for part in droppable.split(lengths)),
         num_targets=num_targets,

@@ -86,6 +86,7 @@ class PackPlan:
         num_real_tokens: tokens of all packs without alignment.
         num_samples, seed, epoch: what the permutation came from.
         skipped: samples in no pack by reason.
+        config: the budgets and the strategy, with which the next epoch is planned.
     """
 
     sample_index: Ints
@@ -101,6 +102,7 @@ class PackPlan:
     seed: int
     epoch: int
     skipped: dict[str, int]
+    config: PackConfig
 
     def __post_init__(self) -> None:
         for array in (self.sample_index, self.pack_ptr, self.n_tokens, self.n_frames, self.cost):
@@ -227,8 +229,8 @@ def plan_packs(
     twice; samples without tokens, or without supervised ones, are left out and counted.
 
     Args:
-        index_or_lengths: integers [n], or a mapping of such columns: "num_tokens", and where known "num_frames" (0
-            where left out) and "num_supervised" (all where left out).
+        index_or_lengths: an Index, integers [n], or a mapping of such columns: "num_tokens", and where known
+            "num_frames" (0 where left out) and "num_supervised" (all where left out).
         config: budgets and strategy; None is PackConfig().
         seed, epoch: at least 0, below 2^64.
         packs_per_step: packs of one optimizer step over all data-parallel ranks and accumulation.
@@ -269,6 +271,7 @@ def plan_packs(
         seed=seed,
         epoch=epoch,
         skipped={**skipped, "incomplete_step": packed - packs[0].shape[0]},
+        config=config,
     )
 
 
@@ -297,6 +300,7 @@ def _permutation(n: int, seed: int, epoch: int) -> Ints:
 
 def _columns(source: Any) -> tuple[Ints, Ints, Ints | None]:
     """num_tokens, num_frames and num_supervised, int64 [n] and contiguous, checked."""
+    source = source.lengths() if hasattr(source, "lengths") else source
     columns = source if isinstance(source, Mapping) else {"num_tokens": source}
     if unknown := sorted(set(columns) - set(_COLUMNS), key=str):
         raise ValueError(f"index_or_lengths must hold columns of {', '.join(_COLUMNS)}, got {unknown[0]!r}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lrc_kernels.packing.index import Index
 from lrc_kernels.packing.sampling import TemporalSampling
 
 COLUMNS = ("num_tokens", "num_frames", "num_supervised")
@@ -41,7 +42,7 @@ def stage3_lengths(num_samples: int, *, seed: int = 0, sampling: TemporalSamplin
 
 
 def read_lengths(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Columns num_tokens, and where there are more num_frames and num_supervised, of a .npy, .json or .csv file.
+    """Columns num_tokens, and where there are more num_frames and num_supervised, of an index, a .npy, .json or .csv.
 
     .npy: integers [n] or [n, 1 to 3]. .json: a list of integers, or an object of such lists by column name.
     .csv: one sample a line, with a header of column names or without.
@@ -49,6 +50,8 @@ def read_lengths(path: Path) -> dict[str, npt.NDArray[Any]]:
     Raises:
         ValueError: another suffix, or contents of another form. FileNotFoundError: no such file.
     """
+    if path.is_dir():
+        return Index.load(path).lengths()
     if path.suffix == ".npy":
         return _named(np.load(path, allow_pickle=False), path)
     if path.suffix == ".json":

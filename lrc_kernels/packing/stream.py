@@ -18,13 +18,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrc_kernels.packing.media import MAX_PIXELS, MediaSlice
+
 if TYPE_CHECKING:
     import av
 
 # Demuxers whose index lists keyframes from the file's own tables; others guess it while they read.
 INDEXED_FORMATS = ("mov", "mp4", "matroska", "webm", "avi")
-# FFmpeg takes text for the drawing commands of a terminal.
-NOT_VIDEO_FORMATS = ("tty", "ansi")
+# All others are refused unread: playlists open what they name, and FFmpeg takes text for the drawing commands of a
+# terminal.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,mxf,nut,h264,hevc,m4v,"
+    "obu,av1,ivf,rm,dv,wav"
+)
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,13 @@ class Picture:
 
 
 @contextmanager
-def open_stream(path: Path) -> Iterator[VideoStream]:
+def open_stream(path: Path | MediaSlice, threads: int = 0) -> Iterator[VideoStream]:
     """The first video stream of a file, closed at the end of the block.
 
     Raises:
         ImportError: PyAV is not installed. FileNotFoundError: no such file. ValueError: unreadable, or without video.
     """
-    stream = VideoStream(path)
+    stream = VideoStream(path, threads)
     try:
         yield stream
     finally:
@@ -61,18 +67,22 @@ class VideoStream:
     _ready: deque[Picture]
     _current: Picture | None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | MediaSlice, threads: int = 0) -> None:
         try:
             import av
         except ImportError as error:
             raise ImportError(f'decoding {path} needs PyAV: pip install "lrc-kernels[video]" ({error})') from error
-        if not path.exists():
+        file = path.path if isinstance(path, MediaSlice) else path
+        if not file.exists():
             raise FileNotFoundError(f"no such video file: {path}")
         self._path = path
+        self._url = path.url if isinstance(path, MediaSlice) else f"file:{path}"
         self._error: type[Exception] = av.FFmpegError
         self._open = av.open
         self._attached = av.stream.Disposition.attached_pic
+        self._threads = threads
         self._delay = self._interval = 0
+        self._last_keyframe: tuple[int, Picture | None] | None = None
         self.restart()
         try:
             rate = self._stream.average_rate or self._stream.guessed_rate
@@ -108,18 +118,26 @@ class VideoStream:
         if hasattr(self, "_container"):
             self._container.close()
         try:
-            self._container = self._open(str(self._path), metadata_errors="ignore")
+            options = {"format_whitelist": FORMATS, "protocol_whitelist": "file,subfile"}
+            self._container = self._open(self._url, metadata_errors="ignore", options=options)
         except self._error as error:
             raise ValueError(f"cannot read {self._path} as a video: {error}") from error
         streams = [s for s in self._container.streams.video if s.codec_context and not s.disposition & self._attached]
-        if not streams or self._container.format.name in NOT_VIDEO_FORMATS:
+        if not streams:
             self._container.close()
             raise ValueError(f"{self._path} holds no video stream")
         self._stream = streams[0]
+        width, height = self._stream.codec_context.width, self._stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            self._container.close()
+            raise ValueError(
+                f"{self._path} claims frames of {width} x {height} pixels, more than {MAX_PIXELS} are refused"
+            )
         self._time_base = self._stream.time_base or Fraction(1, 1)
         self._stream.thread_type = "AUTO"
+        self._stream.codec_context.thread_count = self._threads
         # Without it, decoders fill damaged areas in from other frames and call the result a frame.
-        self._stream.codec_context.options = {"err_detect": "explode"}
+        self._stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
         self._forget()
 
     def first_frame(self) -> av.VideoFrame:
@@ -131,9 +149,7 @@ class VideoStream:
 
     def picture_at(self, time_s: float) -> Picture | None:
         """The last frame with pts <= time_s, None where the file is damaged; time_s must not fall between calls."""
-        # Ticks that were written as seconds come back a rounding error too low.
-        ticks = time_s * self._time_base.denominator / self._time_base.numerator
-        tick = self._start + math.floor(ticks + 1e-3)
+        tick = self._tick(time_s)
         self._seek_towards(tick)
         while (following := self._peek()) is not None and following.tick <= tick:
             self._current = self._ready.popleft()
@@ -146,6 +162,52 @@ class VideoStream:
         if shown is None or not shown.intact or (due and shown.tick < self._due[0]):
             return None
         return None if following is None and self._is_cut_off_before(tick) else shown
+
+    def keyframe_near(self, time_s: float, tolerance_s: float) -> Picture | None:
+        """The keyframe shown closest to `time_s`, None where none lies within the tolerance or it is damaged.
+
+        Needs `restart` before `picture_at` is called again. Files without an index of keyframes have none.
+        """
+        tick = self._tick(time_s)
+        at = bisect.bisect_left(self._keyframes, tick - self._delay)
+        # What the index says of display times is right to the delay of reordering.
+        reach = self._delay + tolerance_s / self._time_base
+        near = [k for k in self._keyframes[max(0, at - 1) : at + 1] if abs(k + self._delay - tick) <= reach]
+        for keyframe in sorted(near, key=lambda keyframe: abs(keyframe + self._delay - tick)):
+            picture = self._keyframe(keyframe)
+            if picture is not None and abs(picture.time_s - time_s) <= tolerance_s:
+                return picture
+        return None
+
+    def activity(self) -> list[float]:
+        """Bytes of the packets in each second, keyframes left out: what the encoder found to have changed."""
+        seconds = [0.0] * math.ceil(self.duration_s)
+        for packet in self._container.demux(self._stream):
+            if packet.pts is not None and not packet.is_keyframe:
+                second = math.floor((packet.pts - self._start) * self._time_base)
+                seconds[min(max(second, 0), len(seconds) - 1)] += packet.size
+        self.restart()
+        return seconds
+
+    def _tick(self, time_s: float) -> int:
+        # Ticks that were written as seconds come back a rounding error too low.
+        ticks = time_s * self._time_base.denominator / self._time_base.numerator
+        return self._start + math.floor(ticks + 1e-3)
+
+    def _keyframe(self, keyframe: int) -> Picture | None:
+        # Neighbouring times often ask for the same one.
+        if self._last_keyframe is None or self._last_keyframe[0] != keyframe:
+            try:
+                # Indices hold decoding times, seeks go by display times.
+                self._container.seek(keyframe + self._delay, stream=self._stream)
+            except self._error:
+                return None
+            self._forget()
+            self._feed()
+            self._decode(None)
+            whole = (p for p in self._ready if p.intact and p.frame.key_frame)
+            self._last_keyframe = keyframe, next(whole, None)
+        return self._last_keyframe[1]
 
     def _forget(self) -> None:
         self._packets = iter(self._container.demux(self._stream))
@@ -238,10 +300,13 @@ class VideoStream:
         """Decoding ticks of the keyframes, and of the last packet where the index lists every packet."""
         if not any(name in INDEXED_FORMATS for name in self._container.format.name.split(",")):
             return [], None
-        # Matroska reads its index at the first seek.
-        self._container.seek(self._start, stream=self._stream)
+        waits = "matroska" in self._container.format.name
+        if waits:
+            # Matroska reads its index at the first seek.
+            self._container.seek(self._start, stream=self._stream)
         entries = [(entry.timestamp, entry.is_keyframe) for entry in self._stream.index_entries]
-        self.restart()
+        if waits:
+            self.restart()
         last = max(tick for tick, _ in entries) if entries and len(entries) == self._stream.frames else None
         return sorted(tick for tick, is_keyframe in entries if is_keyframe), last
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lrc_kernels.checks import check_int
-from lrc_kernels.packing.stream import VideoStream, open_stream
+from lrc_kernels.packing.media import MediaSlice
+from lrc_kernels.packing.stream import Picture, VideoStream, open_stream
 
 if TYPE_CHECKING:
     import av
@@ -37,7 +38,7 @@ class VideoInfo:
         rotation: degrees counterclockwise by which a stored frame is turned for display: 0, 90, 180 or 270.
     """
 
-    path: Path
+    path: Path | MediaSlice
     duration_s: float
     width: int
     height: int
@@ -62,23 +63,37 @@ class DecodedVideo:
     valid: Tensor
 
 
-def probe_video(src: str | os.PathLike[str]) -> VideoInfo:
+def probe_video(src: str | os.PathLike[str] | MediaSlice) -> VideoInfo:
     """Duration, size, rate and codec of the first video stream; decodes one frame, which alone tells the rotation.
 
     Raises:
         ImportError: PyAV is not installed. FileNotFoundError: no such file. ValueError: the file is unreadable, holds
         no video or no frame that can be decoded. All name the file.
     """
-    path = Path(src)
+    path = _as_source(src)
     with open_stream(path) as stream:
         return _info(path, stream)
 
 
+def video_activity(src: str | os.PathLike[str] | MediaSlice) -> npt.NDArray[np.float64]:
+    """Bytes that the file spends on each begun second, keyframes left out: float64 [ceil(duration_s)].
+
+    Nothing is decoded. Encoders spend bits where the picture changes, so this is what `TemporalSampling.content` takes.
+
+    Raises:
+        As `probe_video`.
+    """
+    with open_stream(_as_source(src)) as stream:
+        return np.array(stream.activity())
+
+
 def decode_frames(
-    src: str | os.PathLike[str],
+    src: str | os.PathLike[str] | MediaSlice,
     timestamps: Sequence[float] | npt.NDArray[np.float64] | Tensor,
     *,
     size: tuple[int, int] | None = None,
+    snap_s: float = 0.0,
+    threads: int = 0,
     out: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DecodedVideo:
@@ -88,9 +103,12 @@ def decode_frames(
     has an index of its keyframes (MP4, MOV, Matroska, WebM, AVI), all frames otherwise.
 
     Args:
-        src: path of a video file.
+        src: path of a video file, or a MediaSlice of one.
         timestamps: F times in seconds from the stream's start, in any order, each in [0, duration_s).
         size: (H, W) to resize to (bicubic, aspect not kept), None for the size of the video as displayed.
+        snap_s: where a keyframe is shown at most this many seconds from a time, it is taken instead, which needs no
+            other frame to be decoded. `pts` says what was taken. Files without an index have no keyframes to take.
+        threads: of the decoder; 0 is one per core. Many videos at once decode best with one each.
         out: uint8 [F, 3, H, W] on the CPU to write to, None for a new tensor.
         progress: called as progress(frames done, F) after each frame.
 
@@ -99,30 +117,28 @@ def decode_frames(
         type. ValueError: the file is unreadable or holds no video, a time outside of [0, duration_s), a size below 1,
         an `out` of the wrong shape, dtype or device. Errors of the file name it; damage within it makes `valid` False.
     """
-    path = Path(src)
+    path = _as_source(src)
     times = _as_times(timestamps)
-    with open_stream(path) as stream:
+    if not (math.isfinite(snap_s) and snap_s >= 0):
+        raise ValueError(f"snap_s must be finite and >= 0, got {snap_s}")
+    check_int("threads", threads, minimum=0)
+    with open_stream(path, threads) as stream:
         info = _info(path, stream)
-        outside = np.flatnonzero(~((times >= 0) & (times < info.duration_s)))
-        if outside.size:
-            at = int(outside[0])
-            raise ValueError(
-                f"timestamps must lie in [0, {info.duration_s}), the duration of {path}, got {times[at]} at index {at}"
-            )
+        _check_inside(times, info)
         height, width = _display_size(info) if size is None else _checked_size(size)
         frames = _frames_out(out, (len(times), 3, height, width))
         pts = torch.full((len(times),), math.nan, dtype=torch.float64)
         valid = torch.zeros(len(times), dtype=torch.bool)
-        stream.restart()
-        shown, image = None, None
-        for done, i in enumerate(np.argsort(times, kind="stable").tolist(), 1):
-            picture = stream.picture_at(float(times[i]))
+        painter, shown, last = _Painter(height, width, info.rotation, threads), None, -1
+        for done, (i, picture) in enumerate(_pictures(stream, times, snap_s), 1):
             if picture is None:
                 frames[i].zero_()
             else:
-                if picture is not shown or image is None:
-                    shown, image = picture, _to_rgb(picture.frame, height, width, info.rotation)
-                frames[i].copy_(image)
+                if picture is shown:
+                    frames[i].copy_(frames[last])
+                else:
+                    painter.paint(picture.frame, frames[i])
+                shown, last = picture, i
                 pts[i] = picture.time_s
                 valid[i] = True
             if progress is not None:
@@ -130,7 +146,28 @@ def decode_frames(
     return DecodedVideo(frames, pts, valid)
 
 
-def _info(path: Path, stream: VideoStream) -> VideoInfo:
+def _pictures(
+    stream: VideoStream, times: npt.NDArray[np.float64], snap_s: float
+) -> Iterator[tuple[int, Picture | None]]:
+    """(index of the time, picture) of every time: first those that a keyframe answers, then the others."""
+    rest = []
+    for i in np.argsort(times, kind="stable").tolist():
+        picture = stream.keyframe_near(float(times[i]), snap_s) if snap_s else None
+        if picture is None:
+            rest.append(i)
+        else:
+            yield i, picture
+    if snap_s:
+        stream.restart()
+    for i in rest:
+        yield i, stream.picture_at(float(times[i]))
+
+
+def _as_source(src: str | os.PathLike[str] | MediaSlice) -> Path | MediaSlice:
+    return src if isinstance(src, MediaSlice) else Path(src)
+
+
+def _info(path: Path | MediaSlice, stream: VideoStream) -> VideoInfo:
     frame = stream.first_frame()
     return VideoInfo(
         path=path,
@@ -148,12 +185,29 @@ def _display_size(info: VideoInfo) -> tuple[int, int]:
     return (info.width, info.height) if info.rotation % 180 else (info.height, info.width)
 
 
-def _to_rgb(frame: av.VideoFrame, height: int, width: int, rotation: int) -> Tensor:
-    """uint8 [3, height, width] of a frame, turned counterclockwise by `rotation` degrees."""
-    if rotation % 180:
-        height, width = width, height
-    image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(image, rotation // 90))).permute(2, 0, 1)
+class _Painter:
+    """Frames to RGB planes, turned counterclockwise by `rotation` degrees. The scaler is set up once for all frames."""
+
+    def __init__(self, height: int, width: int, rotation: int, threads: int) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._scaler, self._turns = VideoReformatter(), rotation // 90
+        self._threads = threads or None
+        self._height, self._width = (width, height) if self._turns % 2 else (height, width)
+
+    def paint(self, frame: av.VideoFrame, out: Tensor) -> None:
+        """Write uint8 [3, H, W]."""
+        planar = self._scaler.reformat(
+            frame,
+            width=self._width,
+            height=self._height,
+            format="gbrp",
+            interpolation="BICUBIC",
+            threads=self._threads,
+        )
+        for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
+            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
+            np.copyto(out[channel].numpy(), np.rot90(rows[: self._height, : self._width], self._turns))
 
 
 def _as_times(timestamps: Sequence[float] | npt.NDArray[np.float64] | Tensor) -> npt.NDArray[np.float64]:
@@ -163,6 +217,15 @@ def _as_times(timestamps: Sequence[float] | npt.NDArray[np.float64] | Tensor) ->
     if times.ndim != 1:
         raise ValueError(f"timestamps must have 1 dimension, got shape {list(times.shape)}")
     return times
+
+
+def _check_inside(times: npt.NDArray[np.float64], info: VideoInfo) -> None:
+    outside = np.flatnonzero(~((times >= 0) & (times < info.duration_s)))
+    if outside.size:
+        at = int(outside[0])
+        raise ValueError(
+            f"timestamps must lie in [0, {info.duration_s}), the duration of {info.path}, got {times[at]} at index {at}"
+        )
 
 
 def _checked_size(size: tuple[int, int]) -> tuple[int, int]:

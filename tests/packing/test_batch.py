@@ -107,3 +107,66 @@ def test_bad_samples(changed, message):
         pack_samples([sample(**changed)], clip_frames=2)
     with pytest.raises(ValueError, match="samples must hold at least one sample"):
         pack_samples([], clip_frames=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shards_together_are_the_batch(ranks):
+    batch = pack()
+    rows = torch.arange(18 + (-18) % ranks).where(torch.arange(18 + (-18) % ranks) < 18, -1)
+    seen, visual = torch.zeros(18, dtype=torch.int64), []
+    for rank in range(ranks):
+        clips = range(3 * rank // ranks, 3 * (rank + 1) // ranks)
+        part = dataclasses.replace(batch, visual_index=batch.visual_index[:3]).shard(
+            rows.view(-1, ranks)[:, rank], clips
+        )
+        part.validate()
+        real = part.rows >= 0
+        own = part.rows[real]
+        seen[own] += 1
+        for name in ("input_ids", "targets", "position_ids", "loss_weight", "droppable"):
+            assert torch.equal(getattr(part, name)[real], getattr(batch, name)[own])
+        assert (part.targets[~real] == -100).all() and not part.loss_weight[~real].any()
+        assert torch.equal(part.frames, batch.frames[2 * clips.start : 2 * clips.stop])
+        assert part.clips.tolist() == list(clips) and part.layout == batch.layout
+        visual += part.visual_index.tolist()
+    assert (seen == 1).all() and visual == batch.visual_index[:3].tolist()
+
+
+def test_shards_of_scattered_clips_and_of_positions_in_three_axes():
+    batch = pack(position_ids=torch.arange(54).view(3, 18), visual_index=torch.tensor([2, 3, 12]))
+    part = batch.shard(torch.tensor([17, -1, 0]), [2, 0])
+    part.validate()
+    assert part.position_ids.tolist() == [[17, 0, 0], [35, 0, 18], [53, 0, 36]]
+    assert torch.equal(part.frames, batch.frames[[4, 5, 0, 1]]) and part.visual_index.tolist() == [12, 2]
+    assert part.to("meta").rows.device.type == "meta"
+    assert pack().shard(torch.arange(18)).frames.shape == (6, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.tensor([18]),), "indices must be in \\[-1, 18\\), got 18 at index 0"),
+        ((torch.tensor([-2]),), "indices must be in \\[-1, 18\\), got -2 at index 0"),
+        ((torch.tensor([[1]]),), "indices must have 1 dimensions"),
+        ((torch.tensor([1]), [3]), "clips must be in \\[0, 3\\), got 3 at index 0"),
+        ((torch.tensor([1]), [0]), "visual_index must hold equally many rows for each of 3 clips, got 5"),
+    ],
+)
+def test_bad_shards(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pack().shard(*arguments)
+    with pytest.raises(TypeError, match="indices must be one of int64"):
+        pack().shard(torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="got a batch that is a shard already"):
+        pack().shard(torch.tensor([1])).shard(torch.tensor([0]))
+    shard = pack().shard(torch.tensor([4, -1]))
+    with pytest.raises(ValueError, match="targets\\[1\\] must be -100 \\(padding"):
+        dataclasses.replace(shard, targets=torch.tensor([11, 5]), num_targets=2).validate()
+
+
+def test_weights_of_each_sample():
+    samples = [sample(), sample(5, (), 0, 1)]
+    batch = pack_samples(samples, clip_frames=2, token_weight=[0.25, 1 / 12])
+    assert batch.loss_weight[batch.targets != -100].tolist() == pytest.approx([0.25] * 3 + [1 / 12] * 3)
+    with pytest.raises(ValueError, match="token_weight must hold one weight per sample \\(2\\), got 1"):
+        pack_samples(samples, clip_frames=2, token_weight=[1.0])

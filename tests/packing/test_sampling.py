@@ -98,11 +98,43 @@ def test_timestamps_are_the_middles_of_equal_intervals(duration_s: float, n: int
         ("max_frames", 512.0, TypeError, "max_frames must be an int, got float"),
         ("multiple_of", 0, ValueError, "multiple_of must be >= 1, got 0"),
         ("policy", "step", ValueError, "policy must be one of cliff, smooth, got 'step'"),
+        ("content", "bytes", ValueError, "content must be one of packets, got 'bytes'"),
+        ("content", [1.0, -2.0], ValueError, "content must be finite and >= 0, got -2.0 at second 1"),
+        ("content", [[1.0]], ValueError, r"content must have one number per second, got shape \[1, 1\]"),
+        ("snap", "nearest", ValueError, "snap must be one of exact, keyframe, got 'nearest'"),
+        ("snap_tolerance", 1.5, ValueError, r"snap_tolerance must be in \(0, 1\], got 1.5"),
     ],
 )
 def test_bad_rules_are_refused(argument: str, value: object, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         TemporalSampling(**{argument: value})
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0.01, 1.0), st.integers(1, 300))
+def test_content_moves_times_but_never_their_number(activity: list[float], last: float, n: int) -> None:
+    duration_s = len(activity) - 1 + last
+    times = TemporalSampling(content=activity).timestamps(duration_s, n)
+    assert times.shape == (n,) and times[0] > 0 and times[-1] < duration_s
+    gaps = np.diff(times)
+    assert (gaps > 0).all() and (gaps <= 2 * duration_s / n * (1 + 1e-9)).all()
+
+
+def test_content_draws_times_to_where_something_happens() -> None:
+    busy = TemporalSampling().with_content([0.0] * 5 + [1.0] + [0.0] * 4)
+    times = busy.timestamps(10.0, 100)
+    # Half of the frames are spread evenly, so the busy second has a twentieth of those and all of the others.
+    assert ((times >= 5) & (times < 6)).sum() == 55
+    still = TemporalSampling(content=[0.0] * 10).timestamps(10.0, 100)
+    np.testing.assert_array_equal(still, TemporalSampling().timestamps(10.0, 100))
+    with pytest.raises(ValueError, match=r"content must have one number per begun second \(9\), got 10"):
+        busy.timestamps(8.5, 4)
+    with pytest.raises(ValueError, match="content must be the activity of each second here"):
+        TemporalSampling(content="packets").timestamps(8.5, 4)
+
+
+def test_tolerance_is_a_share_of_the_spacing() -> None:
+    assert TemporalSampling(snap="keyframe", snap_tolerance=0.25).tolerance_s(100.0, 50) == 0.5
+    assert TemporalSampling().tolerance_s(100.0, 50) == 0.0
 
 
 @pytest.mark.parametrize("duration_s", [0.0, -1.0, math.nan, math.inf])

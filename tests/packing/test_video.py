@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,39 +11,12 @@ import pytest
 import torch
 
 from lrc_kernels.packing import decode_frames, probe_video
+from tests.packing.videos import STEP, level, write_video
 
 av = pytest.importorskip("av", reason="decoding needs PyAV (pip install lrc-kernels[video])")
 
 SIZE = (48, 64)
 FRAMES = 40
-STEP = 6
-
-
-def write_video(
-    path: Path, ticks: list[int], *, time_base: Fraction = Fraction(1, 1000), rate: int = 10, gop: int = 8, bf: int = 2
-) -> Path:
-    """Frame i is grey level STEP * i with its left half 10 brighter, shown from `ticks[i]` on; B-frames, lossy."""
-    codec = "mpeg4" if path.suffix == ".avi" else "libx264"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options={} if path.suffix == ".avi" else {"bf": str(bf)})
-        stream.bit_rate = 2_000_000
-        stream.height, stream.width = SIZE
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = gop
-        stream.codec_context.time_base = Fraction(1, rate) if path.suffix == ".avi" else time_base
-        for i, tick in enumerate(ticks):
-            image = np.full((*SIZE, 3), STEP * i, dtype=np.uint8)
-            image[:, : SIZE[1] // 2] += 10
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = (i, Fraction(1, rate)) if path.suffix == ".avi" else (tick, time_base)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def level(frame: torch.Tensor) -> int:
-    """The number of the frame that a picture shows."""
-    return round(frame[:, :, SIZE[1] * 3 // 4 :].float().mean().item() / STEP)
 
 
 @pytest.fixture(scope="module", params=["mp4", "mkv", "ts", "avi"])
