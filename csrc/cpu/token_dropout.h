@@ -65,7 +65,8 @@ struct ScoreSpan {
   float* p;                // [blocks, vectors, kScoreBlock] exp(logit - block maximum)
   float* maximum;          // [blocks, vectors]; then the factor that turns p into probabilities
   float* sum;              // [blocks, vectors]
-  float* reduced;          // [num_rows, blocks * kScoreBlock] over the heads so far; null where one span has all heads
+  float* reduced;  // [num_rows, blocks, 2, kScoreBlock]: sums over the heads so far and what they lost; null: all heads
+                   // in one
   bool first_heads;
   bool last_heads;
 };

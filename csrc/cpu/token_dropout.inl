@@ -282,17 +282,27 @@ void block_reduce(const ScoreArgs& args, const ScoreSpan& span, int64_t block, c
   float* scores = args.scores + args.cu_seqlens[span.sequence] + block * kScoreBlock;
   for (int64_t r = 0; r < span.num_rows; ++r) {
     if (span.visible[r] <= block * kScoreBlock) continue;
-    float* kept = span.reduced == nullptr ? nullptr : span.reduced + (r * num_blocks + block) * kScoreBlock;
-    Vec acc[kBlockVectors];
+    float* kept = span.reduced == nullptr ? nullptr : span.reduced + (r * num_blocks + block) * 2 * kScoreBlock;
+    // What each sum over heads rounds away is added up beside it: a mean of many heads then errs no more than one.
+    Vec acc[kBlockVectors], lost[kBlockVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kBlockVectors; ++i) acc[i] = span.first_heads ? Vec{} : load(kept + i * kLanes);
+    for (int i = 0; i < kBlockVectors; ++i) {
+      acc[i] = span.first_heads ? Vec{} : load(kept + i * kLanes);
+      lost[i] = span.first_heads ? Vec{} : load(kept + kScoreBlock + i * kLanes);
+    }
     for (int64_t v = r; v < heads * span.num_rows; v += span.num_rows) {
       const float* from = p + v * kScoreBlock;
       const Vec scale = splat(factor[v]);
 #pragma GCC unroll 8
       for (int i = 0; i < kBlockVectors; ++i) {
         const Vec value = load(from + i * kLanes) * scale;
-        acc[i] = !args.max_over_heads ? acc[i] + value : (value > acc[i]) | (value != value) ? value : acc[i];
+        if (args.max_over_heads) {
+          acc[i] = (value > acc[i]) | (value != value) ? value : acc[i];
+        } else {
+          const Vec sum = acc[i] + value, taken = sum - acc[i];
+          lost[i] += (acc[i] - (sum - taken)) + (value - taken);
+          acc[i] = sum;
+        }
       }
     }
 #pragma GCC unroll 8
@@ -300,10 +310,15 @@ void block_reduce(const ScoreArgs& args, const ScoreSpan& span, int64_t block, c
       const int64_t j = i * kLanes, lanes = count - j < kLanes ? count - j : kLanes;
       if (!span.last_heads) {
         store(kept + j, acc[i]);
-      } else if (lanes == kLanes) {
-        store(scores + j, load(scores + j) + acc[i] * span.row_scale);
+        store(kept + kScoreBlock + j, lost[i]);
+        continue;
+      }
+      // Beside an infinity nothing is lost, but NaN stands there.
+      const Vec total = (lost[i] == lost[i] ? acc[i] + lost[i] : acc[i]) * span.row_scale;
+      if (lanes == kLanes) {
+        store(scores + j, load(scores + j) + total);
       } else if (lanes > 0) {
-        store_first(scores + j, load_first(scores + j, lanes) + acc[i] * span.row_scale, lanes);
+        store_first(scores + j, load_first(scores + j, lanes) + total, lanes);
       }
     }
   }

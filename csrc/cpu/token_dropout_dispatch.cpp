@@ -123,7 +123,7 @@ void add_sequence(const ScoreArgs& args, int64_t sequence, const std::vector<int
   const bool is_whole = row_step == num_rows && head_step == kv_heads;
   if (!is_whole) wave.run();
   std::unique_ptr<float[]> reduced;
-  if (head_step < kv_heads) reduced.reset(new float[row_step * blocks_of(longest, kScoreBlock) * kScoreBlock]);
+  if (head_step < kv_heads) reduced.reset(new float[row_step * blocks_of(longest, kScoreBlock) * 2 * kScoreBlock]);
   for (int64_t r = 0; r < num_rows; r += row_step) {
     for (int64_t h = 0; h < kv_heads; h += head_step) {
       ScoreSpan span = {};
