@@ -104,17 +104,24 @@ class Op:
         schema: the `torch.library` schema, its name without the namespace.
         fake: shapes and dtypes of the outputs, for tracing.
         autocast: "keep" computes in the dtypes given (what decides a selection must not depend on autocast);
-            "cast" casts floating-point inputs to the autocast dtype, as scaled_dot_product_attention does.
+            a tuple of argument names casts these to the autocast dtype, as scaled_dot_product_attention does, save
+            fp64 ones; the other arguments (a log-sum-exp, a bias) keep their precision.
     """
 
-    def __init__(self, schema: str, fake: Callable, *, autocast: str = "keep"):
+    def __init__(self, schema: str, fake: Callable, *, autocast: str | tuple[str, ...] = "keep"):
         self.name = schema.split("(")[0]
         self.implementations: dict[str, Implementation] = {}
         LIB.define(schema)
+        arguments = getattr(torch.ops.lrc, self.name).default._schema.arguments
+        cast = () if autocast == "keep" else autocast
+        self._cast = [index for index, argument in enumerate(arguments) if argument.name in cast]
+        self._mutated = [
+            index for index, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write
+        ]
         LIB.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lrc::{self.name}", fake, lib=LIB)
         for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-            LIB.impl(self.name, self._autocast_rule(device_type, autocast), key)
+            LIB.impl(self.name, self._autocast_rule(device_type), key)
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -132,18 +139,15 @@ class Op:
         _check_name(backend, "backend")
         self.implementations[backend] = Implementation(run, supports, available)
 
-    def _autocast_rule(self, device_type: str, rule: str) -> Callable:
+    def _autocast_rule(self, device_type: str) -> Callable:
         def run(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
             with torch.amp.autocast(device_type, enabled=False):
-                if rule == "cast":
-                    args = tuple(
-                        a.to(dtype)
-                        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype != torch.float64
-                        else a
-                        for a in args
-                    )
-                return self(*args)
+                cast = list(args)
+                for index in self._cast:
+                    if cast[index].dtype != torch.float64:
+                        cast[index] = cast[index].to(dtype)
+                return self(*cast)
 
         return run
 
@@ -151,7 +155,12 @@ class Op:
         backend = self._choose(args)
         for ran in _records:
             ran.append((self.name, backend))
-        return self.implementations[backend].run(*args)
+        result = self.implementations[backend].run(*args)
+        for index in self._mutated:
+            # Below autograd nothing counts writes, and a tensor saved for a backward must be known to have changed.
+            if not args[index].is_inference():
+                torch.autograd.graph.increment_version(args[index])
+        return result
 
     def _choose(self, args: tuple) -> str:
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
