@@ -5,13 +5,18 @@ of the plan. Partial results and gradients are kept in fp32 or wider."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrc_kernels.attention import merge_partials, varlen_attention_backward, varlen_attention_forward
-from lrc_kernels.sequence_parallel.plan import SequencePlan
+from lrc_kernels.attention import (
+    AttentionState,
+    merge_partials,
+    varlen_attention_backward,
+    varlen_attention_forward,
+)
+from lrc_kernels.sequence_parallel.plan import Call, SequencePlan
 
 
 @dataclass(frozen=True)
@@ -73,35 +78,45 @@ def unpack_keys(task: Task, rows: Tensor) -> Keys:
 
 
 class Partial:
-    """out [n, Hq, K] and lse [Hq, n] over the keys seen so far."""
+    """Attention over the keys seen so far. For 16-bit inputs an un-normalised state in fp32, as a block's own result
+    would be rounded to 16 bits; for wider ones (out, lse), which any backend gives."""
 
     def __init__(self, q: Tensor):
+        rows, heads, head_dim = q.shape
         dtype = accumulation_dtype(q.dtype)
-        self.out = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        self.lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype, device=q.device)
-        self.empty = True
+        self.out, self.lse, self.empty = q, q.new_full((heads, rows), -torch.inf, dtype=dtype), True
+        self.state = None
+        if q.element_size() == 2:
+            self.state = AttentionState.zeros(rows, heads, head_dim, q.device)
+        else:
+            self.out = torch.zeros_like(q)
 
-    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+    def add(self, rows: slice, q: Tensor, keys: Keys, **options: Any) -> None:
+        """Take the keys into the rows of the queries q."""
+        if self.state is not None:
+            part = AttentionState(self.state.acc[rows], self.state.m[:, rows], self.state.l[:, rows])
+            part.accumulate(q, keys.k, keys.v, key_bias=keys.key_bias, **options)
+            return
+        out, lse = varlen_attention_forward(q, keys.k, keys.v, key_bias=keys.key_bias, **options)
         if not self.empty:
             out, lse = merge_partials(self.out[rows], self.lse[:, rows], out, lse)
         self.out[rows], self.lse[:, rows], self.empty = out, lse, False
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """out [n, Hq, K] and lse [Hq, n], in fp32 or wider."""
+        return (self.out, self.lse) if self.state is None else self.state.finish()
 
 
 def attend(task: Task, peer: int | None, q: Tensor, rows: Tensor, total: Partial) -> None:
     """Fold the keys of `peer` (None: those of `Exchange`) into the total."""
     keys = unpack_keys(task, rows)
     for call in task.plan.calls(task.ring_rank, peer, q.device):
-        block = varlen_attention_forward(
-            q[call.q],
-            keys.k[call.k],
-            keys.v[call.k],
-            cu_seqlens_q=call.layout_q,
-            cu_seqlens_k=call.layout_k,
-            causal=call.causal,
-            softmax_scale=task.softmax_scale,
-            key_bias=None if keys.key_bias is None else keys.key_bias[call.k],
-        )
-        total.add(call.q, *block)
+        seen = Keys(*(x if x is None else x[call.k] for x in keys))
+        total.add(call.q, q[call.q], seen, softmax_scale=task.softmax_scale, **_sequences(call))
+
+
+def _sequences(call: Call) -> dict[str, Any]:
+    return {"cu_seqlens_q": call.layout_q, "cu_seqlens_k": call.layout_k, "causal": call.causal}
 
 
 def gradients(task: Task, peer: int | None, saved: Saved, rows: Tensor, dq: Tensor) -> Tensor:
@@ -116,9 +131,7 @@ def gradients(task: Task, peer: int | None, saved: Saved, rows: Tensor, dq: Tens
             keys.v[call.k],
             saved.out[call.q],
             saved.lse[:, call.q],
-            cu_seqlens_q=call.layout_q,
-            cu_seqlens_k=call.layout_k,
-            causal=call.causal,
+            **_sequences(call),
             softmax_scale=task.softmax_scale,
             key_bias=None if keys.key_bias is None else keys.key_bias[call.k],
             dlse=None if saved.dlse is None else saved.dlse[:, call.q],

@@ -18,7 +18,8 @@ def forward(task: Task, q: Tensor, rows: Tensor) -> Schedule[tuple[Tensor, Tenso
     """out [n, Hq, K] in q's dtype and lse [Hq, n] in fp32 or wider, by the transport of the plan."""
     way = _ring_forward if task.plan.transport == "ring" else _exchange_forward
     total: Partial = yield from way(task, q, rows)
-    return total.out.to(q.dtype), total.lse
+    out, lse = total.finish()
+    return out.to(q.dtype), lse
 
 
 def backward(task: Task, saved: Saved, rows: Tensor) -> Schedule[tuple[Tensor, Tensor]]:
