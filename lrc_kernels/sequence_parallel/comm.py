@@ -166,7 +166,7 @@ class TorchRanks:
     def _peer_error(self, what: str, request: Request, peers: tuple[int, ...], error: Exception) -> PeerError:
         others = tuple(peer for peer in peers if peer != self.rank)
         culprit = self._culprit(request.axis, others)
-        named = f"rank {culprit}" if culprit is not None else "one of ranks " + ", ".join(map(str, others))
+        named = f"rank {culprit}" if culprit is not None else "one of the ranks " + ", ".join(map(str, others))
         message = f"{what}, step {request.step}: {named} died or stalled (seen by rank {self.rank}: {error})"
         return PeerError(message, culprit, request.step)
 
@@ -176,7 +176,7 @@ class TorchRanks:
         store = _default_store()
         if store is None:
             return suspects[0] if len(suspects) == 1 else None
-        prefix = f"lrc_sequence_parallel/{axis}/{self.ranks[axis]}/{self._runs}"
+        prefix = f"lrc_sequence_parallel/{self.groups[axis].group_name}/{self.ranks[axis]}/{self._runs}"
         try:
             store.set(f"{prefix}/{self.rank}", ",".join(map(str, suspects)))
             seen, deadline = {self.rank}, time.monotonic() + self._report

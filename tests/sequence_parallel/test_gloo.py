@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lrc_kernels import VarlenLayout
@@ -26,7 +27,7 @@ from lrc_kernels.sequence_parallel import (
     unshard,
 )
 from lrc_kernels.sequence_parallel.mesh import ranks_of
-from lrc_kernels.testing import RankError, RankPool
+from lrc_kernels.testing import RankError
 
 LENGTHS = [70, 0, 1, 130, 40]
 HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16}
@@ -36,7 +37,8 @@ MESHES = {}
 def mesh_of(ring, ulysses, placement="head_first"):
     key = (ring, ulysses, placement)
     if key not in MESHES:
-        MESHES[key] = make_mesh("cpu", ring=ring, ulysses=ulysses, placement=placement)
+        dp = distributed.get_world_size() // (ring * ulysses)
+        MESHES[key] = make_mesh("cpu", dp=dp, ring=ring, ulysses=ulysses, placement=placement)
     return MESHES[key]
 
 
@@ -87,21 +89,28 @@ def test_four_processes(rank_pools, ring, ulysses, placement, transport):
             assert max(errors) <= bound and sent > 0
 
 
-def test_two_processes_by_the_names_of_one_degree(rank_pool):
+def test_the_names_of_one_degree_beside_data_parallelism(rank_pools):
     for arguments in ((2, 1, "head_first", "sparse", torch.float64, ring_attention),
-                      (1, 2, "head_first", "ring", torch.float64, ulysses_attention)):  # fmt: skip
-        for errors, _ in rank_pool.run(errors_of_one_pass, *arguments):
+                      (1, 2, "context_first", "ring", torch.float64, ulysses_attention)):  # fmt: skip
+        for errors, _ in rank_pools(4).run(errors_of_one_pass, *arguments):
             assert max(errors) <= 1e-14
 
 
-def test_one_process_sends_nothing(rank_pools):
-    ((errors, sent),) = rank_pools(1).run(errors_of_one_pass, 1, 1, "head_first", "auto", torch.float64)
-    assert max(errors) <= 1e-14 and sent == 0
+def test_one_rank_sends_nothing(rank_pools):
+    for errors, sent in rank_pools(4).run(errors_of_one_pass, 1, 1, "head_first", "auto", torch.float64):
+        assert max(errors) <= 1e-14 and sent == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ring", "ulysses", "transport"), [(8, 1, "ring"), (4, 2, "sparse"), (2, 4, "gather")])
+def test_eight_processes(rank_pools, ring, ulysses, transport):
+    for errors, _ in rank_pools(8).run(errors_of_one_pass, ring, ulysses, "head_first", transport, torch.float64):
+        assert max(errors) <= 1e-14
 
 
 def shards_of_many_kinds():
     mesh, plan = mesh_of(1, 2), plan_sequence(VarlenLayout([5, 4]), ring=1, ulysses=2, **HEADS)
-    rank = distributed.get_rank()
+    rank = distributed.get_rank() % 2
     labels = shard(torch.arange(9), plan, mesh, fill=-100)
     positions = shard(torch.arange(27).view(3, 9), plan, mesh, 1)
     flags = unshard(labels % 2 == 0, plan, mesh)
@@ -111,8 +120,8 @@ def shards_of_many_kinds():
     return rank, labels.tolist(), positions.tolist(), flags.tolist(), torch.equal(x.grad, 2 * x.detach())
 
 
-def test_integers_other_dimensions_and_gradients_of_shards(rank_pool):
-    for rank, labels, positions, flags, equal in rank_pool.run(shards_of_many_kinds):
+def test_integers_other_dimensions_and_gradients_of_shards(rank_pools):
+    for rank, labels, positions, flags, equal in rank_pools(4).run(shards_of_many_kinds):
         assert labels == ([0, 1, 2, 3, 4] if rank == 0 else [5, 6, 7, 8, -100])
         padded = [9 * i + 5 + j if j < 4 else 0 for i in range(3) for j in range(5)]
         wanted = [9 * i + j for i in range(3) for j in range(5)] if rank == 0 else padded
@@ -139,14 +148,14 @@ def bytes_with_recompute(ring, ulysses):
 
 
 @pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (1, 2)])
-def test_activation_recompute_repeats_no_communication(rank_pool, ring, ulysses):
-    for (plain, checkpointed), equal in rank_pool.run(bytes_with_recompute, ring, ulysses):
+def test_activation_recompute_repeats_no_communication(rank_pools, ring, ulysses):
+    for (plain, checkpointed), equal in rank_pools(4).run(bytes_with_recompute, ring, ulysses):
         assert plain == checkpointed > 0 and equal
 
 
 def refusals():
     mesh, plan = mesh_of(2, 1), plan_sequence(VarlenLayout([9]), ring=2, **HEADS)
-    rows = plan.local_rows(distributed.get_rank())
+    rows = plan.local_rows(mesh.get_local_rank("ring"))
     q, k = torch.zeros(rows, 6, 16), torch.zeros(rows, 2, 16)
     other = plan_sequence(VarlenLayout([9]), ring=1, ulysses=2, **HEADS)
     messages = []
@@ -169,12 +178,12 @@ def refusals():
     return messages
 
 
-def test_bad_arguments_are_named_before_anything_is_sent(rank_pool):
+def test_bad_arguments_are_named_before_anything_is_sent(rank_pools):
     wanted = ("v must have the dtype of q", "q must have shape", "key_bias must have shape", "grad_wire must be",
               "mesh must have 1 ranks in dimension 'ring'", "plan must have ulysses=1", "plan must have ring=1",
-              "x must have 9 rows in dimension 0", "x must have", r"dp \* ring \* ulysses must be the world size \(2\)",
+              "x must have 9 rows in dimension 0", "x must have", r"dp \* ring \* ulysses must be the world size \(4\)",
               "placement must be one of")  # fmt: skip
-    for messages in rank_pool.run(refusals):
+    for messages in rank_pools(4).run(refusals):
         for message, pattern in zip(messages, wanted, strict=True):
             assert re.search(pattern, message), (pattern, message)
 
@@ -183,29 +192,60 @@ TIMEOUT = 4.0
 
 
 def fail(victim, how, transport, where):
-    """Rank `victim` dies or stalls before the forward, or between it and the backward; what the others then raise."""
+    """Rank `victim` dies or stalls, before the forward or before the backward; the others raise."""
     rank = distributed.get_rank()
     world = distributed.distributed_c10d._get_default_group()
     world._get_backend(torch.device("cpu")).options._timeout = timedelta(seconds=TIMEOUT)
-    mesh = mesh_of(4, 1)
+    # gloo closes the connections of a group that timed out, and the default group is needed again.
+    mesh = DeviceMesh.from_group(distributed.new_group(range(4)), "cpu", mesh_dim_names=("ring",))
     plan = plan_sequence(VarlenLayout(LENGTHS), ring=4, transport=transport, arrangement="zigzag", **HEADS)
-    whole = pack()
-    distributed.barrier()
+    local = [shard(x, plan, mesh).requires_grad_() for x in pack()]
     if where == "backward":
-        local = [shard(x, plan, mesh).requires_grad_() for x in whole[:3]]
-        out = sequence_parallel_attention(*local, plan, mesh)
-        distributed.barrier()
+        out = sequence_parallel_attention(*local[:3], plan, mesh)
+    distributed.barrier()
     if rank == victim:
         if how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(3 * TIMEOUT)
+        time.sleep(1.5 * TIMEOUT)
         return None
     started = time.monotonic()
     try:
         if where == "backward":
-            out.backward(shard(whole[3], plan, mesh))
+            out.backward(local[3])
         else:
-            sequence_parallel_attention(*(shard(x, plan, mesh) for x in whole[:3]), plan, mesh)
+            sequence_parallel_attention(*local[:3], plan, mesh)
     except PeerError as error:
-        return error.peer, str(error), time.monotonic() - started
-    return None
+        message = f"{error} [peer {error.peer} after {time.monotonic() - started:.1f} s]"
+        if how == "dies":
+            raise RuntimeError(message) from None
+        return message
+    return "nothing happened"
+
+
+def check_blame(message, victim, where):
+    found = re.search(
+        rf"{where}, step \d+: rank {victim} died or stalled .*\[peer {victim} after ([\d.]+) s\]", message, re.DOTALL
+    )
+    assert found, message
+    assert float(found[1]) <= TIMEOUT + 1, message
+
+
+@pytest.mark.parametrize(
+    ("victim", "transport", "where"),
+    [(2, "ring", "forward"), (0, "ring", "backward"), (1, "sparse", "backward")],
+)
+def test_a_stalled_rank_is_named_by_all_others(rank_pools, victim, transport, where):
+    for rank, message in enumerate(rank_pools(4).run(fail, victim, "stalls", transport, where)):
+        if rank != victim:
+            check_blame(message, victim, where)
+
+
+@pytest.mark.parametrize(("victim", "transport", "where"), [(2, "ring", "backward")])
+def test_a_killed_rank_is_named_by_all_others(rank_pools, victim, transport, where):
+    with pytest.raises(RankError, match=f"rank {victim} died in fail: killed by signal 9") as caught:
+        rank_pools(4).run(fail, victim, "dies", transport, where)
+    parts = re.split(r"--- rank (\d) ---", str(caught.value))
+    told = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert sorted(told) == sorted({"0", "1", "2", "3"} - {str(victim)})
+    for message in told.values():
+        check_blame(message, victim, where)
