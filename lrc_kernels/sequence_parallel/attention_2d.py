@@ -247,9 +247,7 @@ def ulysses_attention(
     return sequence_parallel_attention(q, k, v, plan, mesh, **options)
 
 
-def _check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, plan: SequencePlan, ring_rank: int
-) -> None:
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, plan: SequencePlan, ring_rank: int) -> None:
     check_tensor("q", q, dims=(3,))
     rows = plan.local_rows(ring_rank)
     for name, x, heads in (("q", q, plan.num_heads), ("k", k, plan.num_kv_heads), ("v", v, plan.num_kv_heads)):

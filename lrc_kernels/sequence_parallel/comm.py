@@ -229,7 +229,9 @@ class VirtualRanks:
                 except StopIteration as finished:
                     results[rank] = finished.value
             if not moved:
-                stuck = ", ".join(f"{rank} at step {waiting[rank].request.step}" for rank in ranks if rank not in results)
+                stuck = ", ".join(
+                    f"{rank} at step {waiting[rank].request.step}" for rank in ranks if rank not in results
+                )
                 raise RuntimeError(f"deadlock: {stuck}")
         return [results[rank] for rank in ranks]
 
@@ -261,7 +263,9 @@ class VirtualRanks:
         wanted = [request.receive_rows] if isinstance(request, Shift) else [len(part) for part in parts]
         wanted = request.receive_counts if isinstance(request, AllToAll) else wanted
         if [len(part) for part in parts] != wanted:
-            raise RuntimeError(f"rank {rank} expected {wanted} rows at step {request.step}, got {list(map(len, parts))}")
+            raise RuntimeError(
+                f"rank {rank} expected {wanted} rows at step {request.step}, got {list(map(len, parts))}"
+            )
         return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
 
 

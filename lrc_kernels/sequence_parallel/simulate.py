@@ -203,7 +203,9 @@ def print_anchors() -> None:
         by_anchor.setdefault(anchor, []).append((published, model, difference))
     for anchor, rows in by_anchor.items():
         worst = max(abs(difference) for *_, difference in rows)
-        verdict = f"within {anchor.within:.0%}" if worst <= anchor.within else f"NOT reproduced within {anchor.within:.0%}"
+        verdict = (
+            f"within {anchor.within:.0%}" if worst <= anchor.within else f"NOT reproduced within {anchor.within:.0%}"
+        )
         cells = "  ".join(f"{published:>4.0f}|{model:<4.0f}" for published, model, _ in rows)
         direction = "backward" if anchor.backward else "forward"
         print(f"{anchor.name:<24} {direction:<8} {cells}  worst {worst:>4.0%}, {verdict}")

@@ -59,7 +59,12 @@ def pairwise_cover(axes, seed=0):
 def inputs(lengths, heads, dtype, head_dim=16, seed=0):
     draw = torch.Generator().manual_seed(seed)
     rows = sum(lengths)
-    shapes = ((rows, heads[0], head_dim), (rows, heads[1], head_dim), (rows, heads[1], head_dim), (rows, heads[0], head_dim))
+    shapes = (
+        (rows, heads[0], head_dim),
+        (rows, heads[1], head_dim),
+        (rows, heads[1], head_dim),
+        (rows, heads[0], head_dim),
+    )
     return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
