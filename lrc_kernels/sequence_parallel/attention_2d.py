@@ -138,9 +138,9 @@ CHECKPOINT_OPS = (_heads_in_op, _forward_op, _heads_out_op)
 
 class _SequenceParallelAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, context: _Context, with_lse: bool) -> (
-        tuple[Tensor, Tensor]
-    ):  # fmt: skip
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, context: _Context, with_lse: bool
+    ) -> tuple[Tensor, Tensor]:
         spread, number = context.task.plan.ulysses > 1, context.number
         if spread:
             q, k, v = _split_heads(context.task, _heads_in_op(q, k, v, number))

@@ -45,6 +45,9 @@ class Keys(NamedTuple):
     v: Tensor
     key_bias: Tensor | None
 
+    def take(self, rows: slice) -> Keys:
+        return Keys(self.k[rows], self.v[rows], None if self.key_bias is None else self.key_bias[rows])
+
 
 class Saved(NamedTuple):
     """What the backward needs beside the keys: q, dout, out [n, Hq, K], lse and its gradient [Hq, n] or None."""
@@ -111,8 +114,7 @@ def attend(task: Task, peer: int | None, q: Tensor, rows: Tensor, total: Partial
     """Fold the keys of `peer` (None: those of `Exchange`) into the total."""
     keys = unpack_keys(task, rows)
     for call in task.plan.calls(task.ring_rank, peer, q.device):
-        seen = Keys(*(x if x is None else x[call.k] for x in keys))
-        total.add(call.q, q[call.q], seen, softmax_scale=task.softmax_scale, **_sequences(call))
+        total.add(call.q, q[call.q], keys.take(call.k), softmax_scale=task.softmax_scale, **_sequences(call))
 
 
 def _sequences(call: Call) -> dict[str, Any]:
@@ -124,17 +126,18 @@ def gradients(task: Task, peer: int | None, saved: Saved, rows: Tensor, dq: Tens
     keys = unpack_keys(task, rows)
     dkv = torch.zeros(2, *keys.k.shape, dtype=dq.dtype, device=dq.device)
     for call in task.plan.calls(task.ring_rank, peer, rows.device):
+        seen = keys.take(call.k)
         dq_block, dk_block, dv_block = varlen_attention_backward(
             saved.dout[call.q],
             saved.q[call.q],
-            keys.k[call.k],
-            keys.v[call.k],
+            seen.k,
+            seen.v,
             saved.out[call.q],
             saved.lse[:, call.q],
-            **_sequences(call),
             softmax_scale=task.softmax_scale,
-            key_bias=None if keys.key_bias is None else keys.key_bias[call.k],
+            key_bias=seen.key_bias,
             dlse=None if saved.dlse is None else saved.dlse[:, call.q],
+            **_sequences(call),
         )
         dq[call.q] += dq_block
         dkv[0, call.k] += dk_block

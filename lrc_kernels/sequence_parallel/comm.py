@@ -128,6 +128,7 @@ class TorchRanks:
             operations.append((distributed.P2POp(distributed.irecv, arriving, before, group), before))
         works = distributed.batch_isend_irecv([operation for operation, _ in operations]) if operations else []
         self.bytes_sent += sent.nbytes
+        pairs: list[tuple[Any, tuple[int, ...]]]
         if len(works) == len(operations):
             # The receive first: who waits for a message names the rank that owes it.
             pairs = [(work, (peer,)) for work, (_, peer) in zip(works, operations, strict=True)][::-1]

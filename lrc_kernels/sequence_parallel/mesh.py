@@ -65,6 +65,6 @@ def ranks_of(mesh: DeviceMesh) -> TorchRanks:
     """What runs schedules on this mesh, made once for each; its `bytes_sent` counts what this process has sent."""
     if mesh not in _ranks:
         names = [name for name in ("ring", "ulysses") if name in (mesh.mesh_dim_names or ())]
-        groups = {name: mesh.get_group(name) for name in names if mesh[name].size() > 1}
+        groups = {str(name): mesh.get_group(name) for name in names if mesh[name].size() > 1}
         _ranks[mesh] = TorchRanks(groups, torch.device(mesh.device_type))
     return _ranks[mesh]

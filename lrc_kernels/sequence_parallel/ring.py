@@ -45,6 +45,7 @@ def _ring_backward(task: Task, saved: Saved, rows: Tensor) -> Schedule[tuple[Ten
     is added, and it goes on until it is home. A shard's own part waits there."""
     size, shard_rows = task.plan.ring, task.plan.shard_rows
     dq = _zeros_like(saved.q)
+    returning: Pending | None = None
     for step in range(size):
         peer = (task.ring_rank - step) % size
         if step + 1 < size:
@@ -53,12 +54,12 @@ def _ring_backward(task: Task, saved: Saved, rows: Tensor) -> Schedule[tuple[Ten
         if step == 0:
             own = part
         else:
-            if step > 1:
+            if returning is not None:
                 part += yield returning
             returning = yield Shift("ring", part.to(task.grad_wire), shard_rows[peer - 1], step)
         if step + 1 < size:
             rows = yield arriving
-    if size > 1:
+    if returning is not None:
         own += yield returning
     return dq, own
 

@@ -57,8 +57,9 @@ class _VirtualAttention(torch.autograd.Function):
         plan = next(iter(tasks.values())).plan
 
         def make(*here: int) -> Schedule[Any]:
-            parts = (x if x is None else take_rows(x, plan, (here[0], here[1])) for x in (q, k, v, key_bias))
-            return _forward(tasks[here[0], here[1]], *parts)
+            at = here[0], here[1]
+            bias = None if key_bias is None else take_rows(key_bias, plan, at)
+            return _forward(tasks[at], *(take_rows(x, plan, at) for x in (q, k, v)), bias)
 
         results = ranks.run(make)
         ctx.set_materialize_grads(False)
