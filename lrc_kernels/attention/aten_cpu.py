@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention on CPU by the flash kernel that torch ships, one sequence at a time: arguments of the ops' schemas in,
-their results out. It kills the process on empty input, aligns `causal` to the top left, gives lse 0 for a row without
-keys, and takes a row whose logits are all NaN for one: all of that stops here."""
+their results out. It kills the process on empty input, reads rows as if their channels were contiguous, aligns `causal`
+to the top left, gives lse 0 for a row without keys, and takes a row of NaN for one: all of that stops here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrc_kernels.attention.reference import accumulation_dtype, visible
+from lrc_kernels.attention.vendors import rows_contiguous
 
 # Rows of queries that share one additive mask, so that it stays small beside the keys they see.
 TILE_ROWS = 256
@@ -58,7 +59,7 @@ def _tiles(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_bias: Tens
 
 
 def _bhsd(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)[None]
+    return rows_contiguous(x)[0].transpose(0, 1)[None]
 
 
 def _sees_nonfinite(tile: _Tile, q: Tensor, k: Tensor) -> Tensor:

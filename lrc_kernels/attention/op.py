@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_kernels.attention import aten_cpu, reference
+from lrc_kernels.attention import aten, aten_cpu, flash_attn, reference
 from lrc_kernels.attention.arguments import check_like, check_lse, check_pack
 from lrc_kernels.backend import Op
 from lrc_kernels.layout import VarlenLayout
@@ -74,29 +74,42 @@ for _op, _reference, _name in (
 ):
     _op.implement("reference", _reference)
     _op.implement("triton", _triton(f"launch_{_name}"), supports=_triton(f"supports_{_name}"))
+for _backend, _room in (("flash_attn", flash_attn), ("aten", aten)):
+    forward_op.implement(_backend, _room.forward, supports=_room.supports_forward, available=_room.unavailable)
+    backward_op.implement(_backend, _room.backward, supports=_room.supports_backward, available=_room.unavailable)
+forward_op.implement(
+    "cudnn", aten.cudnn_forward, supports=aten.cudnn_supports_forward, available=aten.cudnn_unavailable
+)
+backward_op.implement(
+    "cudnn", aten.cudnn_backward, supports=aten.cudnn_supports_backward, available=aten.cudnn_unavailable
+)
 forward_op.implement("cpu", aten_cpu.forward)
 backward_op.implement("cpu", aten_cpu.backward, supports=aten_cpu.supports_backward)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-                key_bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, lse_has_gradient: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+                cu_seqlens_k: Tensor, key_bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias)
         ctx.options = options
-        # An unused lse then gives no dlse, which most backends cannot take.
+        # An unused lse should give no dlse, which most backends cannot take. Eager autograd then passes None; a
+        # compiled graph passes zeros, unless the output has no gradient at all.
+        ctx.lse_has_gradient = lse_has_gradient
         ctx.set_materialize_grads(False)
+        if not lse_has_gradient:
+            ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias = ctx.saved_tensors
-        dout, dlse = grads
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if grads[0] is None else grads[0]
+        dlse = grads[1] if ctx.lse_has_gradient else None
         pack = (cu_seqlens_q, cu_seqlens_k, key_bias, *ctx.options)
         gradients = _AttentionBackward.apply(dout, q, k, v, out, lse, dlse, *pack)
-        return *gradients, *[None] * (3 + len(ctx.options))
+        return None, *gradients, *[None] * (3 + len(ctx.options))
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -163,7 +176,7 @@ def varlen_attention(
     pack = check_pack(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, key_bias, window
     )
-    out, lse = _Attention.apply(q, k, v, *pack)
+    out, lse = _Attention.apply(return_lse, q, k, v, *pack)
     return (out, lse) if return_lse else out
 
 
