@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ class Pending:
     """What a posted request will bring; a schedule that yields it waits, and gets the tensor. Until then it must not
     write to what it sent."""
 
-    def __init__(self, request: Request, tensor: Tensor, works: list[tuple[Any, tuple[int, ...]]]):
+    def __init__(self, request: Request, tensor: Tensor, works: Sequence[tuple[Any, tuple[int, ...]]]):
         self.request, self.tensor, self.works = request, tensor, works
 
 
@@ -128,12 +128,10 @@ class TorchRanks:
             operations.append((distributed.P2POp(distributed.irecv, arriving, before, group), before))
         works = distributed.batch_isend_irecv([operation for operation, _ in operations]) if operations else []
         self.bytes_sent += sent.nbytes
-        pairs: list[tuple[Any, tuple[int, ...]]]
-        if len(works) == len(operations):
-            # The receive first: who waits for a message names the rank that owes it.
-            pairs = [(work, (peer,)) for work, (_, peer) in zip(works, operations, strict=True)][::-1]
-        else:
-            pairs = [(work, (before, after)) for work in works]
+        # One work per operation (gloo) or one for all (NCCL).
+        peers = [(peer,) for _, peer in operations] if len(works) == len(operations) else [(before, after)]
+        # The receive first: who waits for a message names the rank that owes it.
+        pairs = list(zip(works, peers, strict=True))[::-1]
         # The request keeps the tensor that is being sent alive.
         return Pending(Shift(request.axis, sent, request.receive_rows, request.step), arriving, pairs)
 

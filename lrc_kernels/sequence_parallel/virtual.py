@@ -59,7 +59,7 @@ class _VirtualAttention(torch.autograd.Function):
         def make(*here: int) -> Schedule[Any]:
             at = here[0], here[1]
             bias = None if key_bias is None else take_rows(key_bias, plan, at)
-            return _forward(tasks[at], *(take_rows(x, plan, at) for x in (q, k, v)), bias)
+            return _forward(tasks[at], take_rows(q, plan, at), take_rows(k, plan, at), take_rows(v, plan, at), bias)
 
         results = ranks.run(make)
         ctx.set_materialize_grads(False)
