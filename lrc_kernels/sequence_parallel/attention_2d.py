@@ -136,6 +136,12 @@ _heads_out_op = _define(
 CHECKPOINT_OPS = (_heads_in_op, _forward_op, _heads_out_op)
 
 
+def refuse_second_order() -> None:
+    """RuntimeError in a backward pass that is itself recorded, whose gradient would silently be incomplete."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("sequence-parallel attention has no second-order gradient: got create_graph=True")
+
+
 class _SequenceParallelAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -154,6 +160,7 @@ class _SequenceParallelAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         q, k, v, key_bias, out, lse = ctx.saved_tensors
         task: Task = ctx.context.task
         dout, dlse = grads
@@ -167,6 +174,7 @@ class _SequenceParallelAttention(torch.autograd.Function):
         return *gradients, None, None, None
 
 
+@torch.compiler.disable
 def sequence_parallel_attention(
     q: Tensor,
     k: Tensor,

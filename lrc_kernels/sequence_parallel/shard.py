@@ -41,6 +41,7 @@ def collect_rows(x: Tensor, plan: SequencePlan, ring_rank: int) -> Schedule[Tens
     return x.index_select(0, index.to(x.device))
 
 
+@torch.compiler.disable
 def shard(x: Tensor, plan: SequencePlan, mesh: DeviceMesh, dim: int = 0, *, fill: float = 0) -> Tensor:
     """This rank's rows of a tensor that every rank holds whole.
 
@@ -63,6 +64,7 @@ def shard(x: Tensor, plan: SequencePlan, mesh: DeviceMesh, dim: int = 0, *, fill
     return _Shard.apply(x, plan, mesh, dim, fill)
 
 
+@torch.compiler.disable
 def unshard(x: Tensor, plan: SequencePlan, mesh: DeviceMesh, dim: int = 0) -> Tensor:
     """All rows of a tensor of which every rank holds its own, in the order of the pack; padding is dropped. A
     collective.

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_kernels.sequence_parallel.attention_2d import backward, enter_heads, forward, leave_heads
+from lrc_kernels.sequence_parallel.attention_2d import (
+    backward,
+    enter_heads,
+    forward,
+    leave_heads,
+    refuse_second_order,
+)
 from lrc_kernels.sequence_parallel.blocks import Saved, Task, accumulation_dtype
 from lrc_kernels.sequence_parallel.comm import Schedule, VirtualRanks
 from lrc_kernels.sequence_parallel.plan import SequencePlan
@@ -70,6 +76,7 @@ class _VirtualAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         tasks: dict[tuple[int, int], Task] = ctx.tasks
         plan, places = next(iter(tasks.values())).plan, list(tasks)
         dout, dlse = grads

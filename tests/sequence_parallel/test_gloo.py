@@ -153,6 +153,38 @@ def test_activation_recompute_repeats_no_communication(rank_pools, ring, ulysses
         assert plain == checkpointed > 0 and equal
 
 
+def compiled_and_eager():
+    mesh, plan = mesh_of(2, 2), plan_sequence(VarlenLayout(LENGTHS), ring=2, ulysses=2, **HEADS)
+
+    def layer(q, k, v):
+        return sequence_parallel_attention(q * 2, k + 1, v, plan, mesh).sin()
+
+    *whole, dout = pack()
+    gradients = []
+    for run in (layer, torch.compile(layer, backend="eager")):
+        local = [shard(x, plan, mesh).requires_grad_() for x in whole]
+        run(*local).backward(shard(dout, plan, mesh))
+        gradients.append([x.grad for x in local])
+    return all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
+def test_a_compiled_layer_breaks_its_graph_and_is_right(rank_pools):
+    assert all(rank_pools(4).run(compiled_and_eager))
+
+
+def second_order():
+    mesh, plan = mesh_of(2, 1), plan_sequence(VarlenLayout([9]), ring=2, **HEADS)
+    rows = plan.local_rows(mesh.get_local_rank("ring"))
+    q, k = torch.ones(rows, 6, 16, requires_grad=True), torch.ones(rows, 2, 16)
+    out = sequence_parallel_attention(q, k, k, plan, mesh)
+    with pytest.raises(RuntimeError, match="no second-order gradient"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_a_gradient_of_a_gradient_is_refused(rank_pools):
+    rank_pools(4).run(second_order)
+
+
 def refusals():
     mesh, plan = mesh_of(2, 1), plan_sequence(VarlenLayout([9]), ring=2, **HEADS)
     rows = plan.local_rows(mesh.get_local_rank("ring"))
