@@ -15,7 +15,8 @@ from lrc_kernels.sequence_parallel.plan import SequencePlan
 
 PLACEMENTS = ("head_first", "context_first")
 
-_ranks: weakref.WeakKeyDictionary[DeviceMesh, TorchRanks] = weakref.WeakKeyDictionary()
+# By identity: meshes of the same ranks are equal, and may have different groups.
+_ranks: dict[int, tuple[weakref.ref[DeviceMesh], TorchRanks]] = {}
 
 
 def make_mesh(
@@ -63,8 +64,10 @@ def place(plan: SequencePlan, mesh: DeviceMesh) -> tuple[int, int]:
 
 def ranks_of(mesh: DeviceMesh) -> TorchRanks:
     """What runs schedules on this mesh, made once for each; its `bytes_sent` counts what this process has sent."""
-    if mesh not in _ranks:
+    key = id(mesh)
+    if key not in _ranks:
         names = [name for name in ("ring", "ulysses") if name in (mesh.mesh_dim_names or ())]
         groups = {str(name): mesh.get_group(name) for name in names if mesh[name].size() > 1}
-        _ranks[mesh] = TorchRanks(groups, torch.device(mesh.device_type))
-    return _ranks[mesh]
+        forget = weakref.ref(mesh, lambda _: _ranks.pop(key, None))
+        _ranks[key] = forget, TorchRanks(groups, torch.device(mesh.device_type))
+    return _ranks[key][1]

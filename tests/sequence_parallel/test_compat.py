@@ -82,7 +82,9 @@ def hybrid_errors(kind, ulysses, causal, use_ulysses_low):
     )
     *local, dout = (take(x) for x in inputs)
     local = [x.requires_grad_() for x in local]
-    attention = yunchang.LongContextAttention(ring_impl_type=kind, attn_type=yunchang.AttnType.TORCH)
+    attention = yunchang.LongContextAttention(ring_impl_type=kind, attn_type=yunchang.AttnType.TORCH_MATH)
+    if ulysses == size:
+        attention = yunchang.UlyssesAttention(distributed.new_group(range(size)), attn_type=yunchang.AttnType.FA)
     out = attention(*local, dropout_p=0, causal=causal, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
                     deterministic=False, return_attn_probs=True)  # fmt: skip
     out.backward(dout)
@@ -124,3 +126,5 @@ def test_what_would_change_the_result_is_refused(options, message):
         yunchang.LongContextAttention(ring_impl_type="zigzag")(x, x, x, causal=True, **options)
     with pytest.raises(ValueError, match="ring_impl_type must be one of basic, zigzag, got 'strip'"):
         yunchang.LongContextAttention(ring_impl_type="strip")
+    with pytest.raises(ValueError, match="attn_type must be an exact one"):
+        yunchang.UlyssesAttention(attn_type=yunchang.AttnType.from_string("sage_fp8"))

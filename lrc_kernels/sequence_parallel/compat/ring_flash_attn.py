@@ -94,9 +94,12 @@ zigzag_ring_flash_attn_varlen_kvpacked_func = partial(varlen_kvpacked, True)
 zigzag_ring_flash_attn_varlen_qkvpacked_func = partial(varlen_qkvpacked, True)
 
 
-@lru_cache(maxsize=8)
 def _mesh(group: Any, device_type: str) -> tuple[DeviceMesh, int]:
     """The ring that `group` (None = all ranks) is, and its size."""
-    group = distributed.group.WORLD if group is None else group
-    mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=("ring",))
-    return mesh, distributed.get_world_size(group)
+    mesh = _mesh_of(distributed.group.WORLD if group is None else group, device_type)
+    return mesh, mesh.size()
+
+
+@lru_cache(maxsize=8)
+def _mesh_of(group: Any, device_type: str) -> DeviceMesh:
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=("ring",))

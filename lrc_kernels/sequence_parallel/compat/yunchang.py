@@ -16,13 +16,29 @@ from lrc_kernels.sequence_parallel.mesh import make_mesh
 
 
 class AttnType(Enum):
-    """Accepted in yunchang's place; which kernel runs is up to `lrc_kernels.backend`."""
+    """Accepted in yunchang's place. Which exact kernel runs is up to `lrc_kernels.backend`; the quantised ones (SAGE)
+    would give another result and are refused."""
 
     AITER = "aiter"
     FA = "fa"
     FA3 = "fa3"
     FLASHINFER = "flashinfer"
-    TORCH = "torch"
+    NPU = "npu"
+    SAGE_AUTO = "sage_auto"
+    SAGE_FP16 = "sage_fp16"
+    SAGE_FP16_TRITON = "sage_fp16_triton"
+    SAGE_FP8 = "sage_fp8"
+    SAGE_FP8_SM90 = "sage_fp8_sm90"
+    SPARSE_SAGE = "sparse_sage"
+    TORCH_CUDNN = "torch_cudnn"
+    TORCH_EFFICIENT = "torch_efficient"
+    TORCH_FLASH = "torch_flash"
+    TORCH_MATH = "torch_math"
+
+    @classmethod
+    def from_string(cls, s: str) -> AttnType:
+        """The type of that value."""
+        return cls(s)
 
 
 class _Degrees:
@@ -65,24 +81,21 @@ def zigzag_extract_local(
 EXTRACT_FUNC_DICT = {"basic": basic_extract_local, "zigzag": zigzag_extract_local}
 
 
-class LongContextAttention(torch.nn.Module):
-    """Attention over ring x ulysses ranks for q, k, v [B, S / P, H, K], cut as `EXTRACT_FUNC_DICT[ring_impl_type]`.
+class _Attention(torch.nn.Module):
+    """Attention for q, k, v [B, S / P, H, K]; subclasses say on which ranks and how their rows were cut."""
 
-    Raises:
-        ValueError: another `ring_impl_type`, axes other than yunchang's own, or q, k, v in one tensor.
-    """
+    zigzag = False
 
-    def __init__(self, scatter_idx: int = 2, gather_idx: int = 1, ring_impl_type: str = "basic",
-                 use_pack_qkv: bool = False, use_sync: bool = False, attn_type: AttnType = AttnType.FA,
-                 attn_processor: Any = None):  # fmt: skip
+    def __init__(self, scatter_idx: int, gather_idx: int, attn_type: AttnType):
         super().__init__()
-        if ring_impl_type not in EXTRACT_FUNC_DICT:
-            raise ValueError(f"ring_impl_type must be one of {', '.join(EXTRACT_FUNC_DICT)}, got {ring_impl_type!r}")
         if (scatter_idx, gather_idx) != (2, 1):
             raise ValueError(f"scatter_idx, gather_idx must be 2, 1, got {scatter_idx}, {gather_idx}")
-        if attn_processor is not None:
-            raise ValueError(f"attn_processor must be None, got {type(attn_processor).__name__}")
-        self.zigzag = ring_impl_type == "zigzag"
+        if "sage" in attn_type.value:
+            raise ValueError(f"attn_type must be an exact one, got {attn_type}")
+
+    def ranks(self, device_type: str) -> tuple[DeviceMesh, tuple[int, int]]:
+        """The mesh and its degrees (ring, ulysses)."""
+        raise NotImplementedError
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
@@ -93,27 +106,64 @@ class LongContextAttention(torch.nn.Module):
 
         Raises:
             ValueError: dropout, a window, slopes or a cap, or rows that the cuts do not divide.
-            RuntimeError: before `set_seq_parallel_pg`.
+            RuntimeError: LongContextAttention before `set_seq_parallel_pg`.
         """
         refuse(dropout_p, window_size, alibi_slopes, softcap)
         if args:
             raise ValueError(f"arguments after return_attn_probs must be none, got {len(args)}")
-        mesh, degrees = _mesh(query.device.type), (_Degrees.ring, _Degrees.ulysses)
+        mesh, (ring, ulysses) = self.ranks(query.device.type)
         # Ulysses ranks share each sequence of the batch, not the batch.
         outs = [
-            attend(q, k, v, (q.shape[0] * degrees[0] * degrees[1],), mesh, degrees, zigzag=self.zigzag, causal=causal,
+            attend(q, k, v, (q.shape[0] * ring * ulysses,), mesh, (ring, ulysses), zigzag=self.zigzag, causal=causal,
                    softmax_scale=softmax_scale)[0]
             for q, k, v in zip(query, key, value, strict=True)
         ]  # fmt: skip
         return torch.stack(outs)
 
 
-def _mesh(device_type: str) -> DeviceMesh:
-    if _Degrees.ring == 0:
-        raise RuntimeError("set_seq_parallel_pg must be called before LongContextAttention")
-    if device_type not in _Degrees.meshes:
-        dp = distributed.get_world_size() // (_Degrees.ring * _Degrees.ulysses)
-        _Degrees.meshes[device_type] = make_mesh(
-            device_type, dp=dp, ring=_Degrees.ring, ulysses=_Degrees.ulysses, placement=_Degrees.placement
-        )
-    return _Degrees.meshes[device_type]
+class LongContextAttention(_Attention):
+    """Over ring x ulysses ranks, for rows cut as by `EXTRACT_FUNC_DICT[ring_impl_type]`.
+
+    Raises:
+        ValueError: another `ring_impl_type`, axes other than yunchang's own, a quantised `attn_type`, a processor.
+    """
+
+    def __init__(self, scatter_idx: int = 2, gather_idx: int = 1, ring_impl_type: str = "basic",
+                 use_pack_qkv: bool = False, use_sync: bool = False, attn_type: AttnType = AttnType.FA,
+                 attn_processor: Any = None):  # fmt: skip
+        super().__init__(scatter_idx, gather_idx, attn_type)
+        if ring_impl_type not in EXTRACT_FUNC_DICT:
+            raise ValueError(f"ring_impl_type must be one of {', '.join(EXTRACT_FUNC_DICT)}, got {ring_impl_type!r}")
+        if attn_processor is not None:
+            raise ValueError(f"attn_processor must be None, got {type(attn_processor).__name__}")
+        self.zigzag = ring_impl_type == "zigzag"
+
+    def ranks(self, device_type: str) -> tuple[DeviceMesh, tuple[int, int]]:
+        if _Degrees.ring == 0:
+            raise RuntimeError("set_seq_parallel_pg must be called before LongContextAttention")
+        if device_type not in _Degrees.meshes:
+            dp = distributed.get_world_size() // (_Degrees.ring * _Degrees.ulysses)
+            _Degrees.meshes[device_type] = make_mesh(
+                device_type, dp=dp, ring=_Degrees.ring, ulysses=_Degrees.ulysses, placement=_Degrees.placement
+            )
+        return _Degrees.meshes[device_type], (_Degrees.ring, _Degrees.ulysses)
+
+
+class UlyssesAttention(_Attention):
+    """Over the ranks of a process group (None = all), for rows in equal cuts.
+
+    Raises:
+        ValueError: axes other than yunchang's own, or a quantised `attn_type`.
+    """
+
+    def __init__(self, sequence_process_group: Any = None, scatter_idx: int = 2, gather_idx: int = 1,
+                 use_sync: bool = False, attn_type: AttnType = AttnType.FA):  # fmt: skip
+        super().__init__(scatter_idx, gather_idx, attn_type)
+        self.group = sequence_process_group
+        self.meshes: dict[str, DeviceMesh] = {}
+
+    def ranks(self, device_type: str) -> tuple[DeviceMesh, tuple[int, int]]:
+        if device_type not in self.meshes:
+            group: Any = distributed.group.WORLD if self.group is None else self.group
+            self.meshes[device_type] = DeviceMesh.from_group(group, device_type, mesh_dim_names=("ulysses",))
+        return self.meshes[device_type], (1, self.meshes[device_type].size())
