@@ -86,13 +86,11 @@ class Partial:
 
     def __init__(self, q: Tensor):
         rows, heads, head_dim = q.shape
-        dtype = accumulation_dtype(q.dtype)
-        self.out, self.lse, self.empty = q, q.new_full((heads, rows), -torch.inf, dtype=dtype), True
-        self.state = None
+        self.state: AttentionState | None = None
         if q.element_size() == 2:
             self.state = AttentionState.zeros(rows, heads, head_dim, q.device)
         else:
-            self.out = torch.zeros_like(q)
+            self.out, self.lse, self.empty = torch.zeros_like(q), q.new_full((heads, rows), -torch.inf), True
 
     def add(self, rows: slice, q: Tensor, keys: Keys, **options: Any) -> None:
         """Take the keys into the rows of the queries q."""

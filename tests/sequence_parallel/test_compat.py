@@ -72,6 +72,29 @@ def test_ring_flash_attn(rank_pools, zigzag, varlen, packing, causal):
         assert max(errors) <= 1e-14
 
 
+def llama3_errors(causal):
+    rank, size, lengths = distributed.get_rank(), distributed.get_world_size(), (5, 90, 1, 24)
+    inputs, wanted = exact(lengths, causal)
+    *local, dout = (x.chunk(size)[rank] for x in inputs)
+    local = [x.clone().requires_grad_() for x in local]
+    offsets = VarlenLayout(lengths).cu_seqlens
+    *where, seen = ring_flash_attn.llama3_flash_attn_prepare_cu_seqlens(offsets, causal, rank, size)
+    out, lse, _ = ring_flash_attn.llama3_flash_attn_varlen_func(*local, *where, 1, seen, causal=causal,
+                                                                return_attn_probs=True)  # fmt: skip
+    out.backward(dout)
+    out_w, lse_w, *grads_w = ((x.T if x.dim() == 2 else x).chunk(size)[rank] for x in wanted)
+    pairs = zip((out.detach(), lse.T, *(x.grad for x in local)), (out_w, lse_w, *grads_w), strict=True)
+    return [relative(x, y) for x, y in pairs]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_llama3(rank_pools, causal):
+    for errors in rank_pools(4).run(llama3_errors, causal):
+        assert max(errors) <= 1e-14
+    with pytest.raises(ValueError, match=r"cu_seqlens must end at a multiple of world_size \(4\), got 7"):
+        ring_flash_attn.llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 7]), causal, 0, 4)
+
+
 def hybrid_errors(kind, ulysses, causal, use_ulysses_low):
     rank, size, rows, batch = distributed.get_rank(), distributed.get_world_size(), 48, 2
     inputs, (out_w, _, *grads_w) = exact((rows,) * batch, causal)

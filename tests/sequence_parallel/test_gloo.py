@@ -172,6 +172,16 @@ def test_a_compiled_layer_breaks_its_graph_and_is_right(rank_pools):
     assert all(rank_pools(4).run(compiled_and_eager))
 
 
+def equal_meshes():
+    groups = [distributed.new_group(range(4)) for _ in range(2)]
+    first, second = (DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ring",)) for group in groups)
+    return first == second, ranks_of(first) is ranks_of(first), ranks_of(first) is ranks_of(second)
+
+
+def test_equal_meshes_of_different_groups_are_not_mixed_up(rank_pools):
+    assert rank_pools(4).run(equal_meshes) == [(True, True, False)] * 4
+
+
 def second_order():
     mesh, plan = mesh_of(2, 1), plan_sequence(VarlenLayout([9]), ring=2, **HEADS)
     rows = plan.local_rows(mesh.get_local_rank("ring"))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """ring-flash-attn's ring and zigzag functions, dense and varlen, with q, k, v apart or packed: this rank's rows in,
-this rank's rows out. Its stripe and llama3 functions have no counterpart here: `plan_sequence` does what they are for.
+this rank's rows out; and its llama3 functions. Its stripe functions have no counterpart here.
 
 `deterministic` is accepted and needs nothing: sums have a fixed order wherever the attention backend's do.
 """
@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 
+from lrc_kernels.sequence_parallel.compat.llama3 import attend as gathered
+from lrc_kernels.sequence_parallel.compat.llama3 import prepare_cu_seqlens
 from lrc_kernels.sequence_parallel.compat.local import attend, refuse
 
 Result = Tensor | tuple[Tensor, Tensor, None]
@@ -80,6 +82,42 @@ def varlen_qkvpacked(zigzag: bool, qkv: Tensor, *options: Any, **named: Any) -> 
     return varlen(zigzag, q, k, v, *options, **named)
 
 
+def llama3(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    heads_k_stride: int, local_k_slice: slice, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), alibi_slopes: Any = None,
+    deterministic: bool = False, return_attn_probs: bool = False, group: Any = None,
+) -> Result:  # fmt: skip
+    """q, k, v [T / R, H, K], the rest as `llama3_flash_attn_prepare_cu_seqlens` gives it -> out like q; with
+    `return_attn_probs` (out, lse [H, T / R], None), lse without gradient. All heads are gathered at once, whatever
+    `heads_k_stride`.
+
+    Raises:
+        ValueError: dropout, a window or slopes.
+    """
+    refuse(dropout_p, window_size, alibi_slopes)
+    options = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q,
+               "max_seqlen_k": max_seqlen_k, "causal": causal, "softmax_scale": softmax_scale}  # fmt: skip
+    out, lse = gathered(q, k, v, _mesh(group, q.device.type)[0], local_k_slice, options)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def llama3_kvpacked(q: Tensor, kv: Tensor, *options: Any, **named: Any) -> Result:
+    """kv [T / R, 2, H, K]."""
+    k, v = kv.unbind(1)
+    return llama3(q, k, v, *options, **named)
+
+
+def llama3_qkvpacked(qkv: Tensor, *options: Any, **named: Any) -> Result:
+    """qkv [T / R, 3, H, K]."""
+    q, k, v = qkv.unbind(1)
+    return llama3(q, k, v, *options, **named)
+
+
+llama3_flash_attn_prepare_cu_seqlens = prepare_cu_seqlens
+llama3_flash_attn_varlen_func = llama3
+llama3_flash_attn_varlen_kvpacked_func = llama3_kvpacked
+llama3_flash_attn_varlen_qkvpacked_func = llama3_qkvpacked
 ring_flash_attn_func = partial(dense, False)
 ring_flash_attn_kvpacked_func = partial(dense_kvpacked, False)
 ring_flash_attn_qkvpacked_func = partial(dense_qkvpacked, False)
