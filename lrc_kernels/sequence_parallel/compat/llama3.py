@@ -4,6 +4,7 @@ and attends to those that its rows see."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def prepare_cu_seqlens(
         raise ValueError(f"cu_seqlens must end at a multiple of world_size ({world_size}), got {offsets[-1]}")
     rows = offsets[-1] // world_size
     first, last = rank * rows, (rank + 1) * rows
-    held = [(a, b) for a, b in zip(offsets, offsets[1:], strict=False) if a < last and b > first]
+    held = [(a, b) for a, b in pairwise(offsets) if a < last and b > first]
     queries = [min(b, last) - max(a, first) for a, b in held]
     keys = [(min(b, last) if causal else b) - a for a, b in held]
     start = held[0][0] if held else first
