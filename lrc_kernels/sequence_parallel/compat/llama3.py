@@ -53,9 +53,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, seen: slice, optio
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, seen: slice, options: dict[str, Any]) -> (
-        tuple[Tensor, Tensor]
-    ):  # fmt: skip
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, seen: slice, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         keys = ranks_of(mesh).run("llama3 attention forward", _gather(k, v, mesh.size()))[seen]
         out, lse = varlen_attention_forward(q, *_unpack(keys, k), **options)
         ctx.save_for_backward(q, k, v, out, lse)
