@@ -111,6 +111,8 @@ class TorchRanks:
             if isinstance(request, Shift):
                 return self._shift(request)
             return self._collective(request)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise self._peer_error(what, request, tuple(self.ranks[request.axis]), error) from error
 
@@ -222,7 +224,7 @@ class VirtualRanks:
                 try:
                     while not isinstance(asked := schedules[rank].send(answer), _Awaited):
                         requests = posted[rank].setdefault(asked.axis, [])
-                        requests.append((asked, asked.tensor._version))
+                        requests.append((asked, _version(asked.tensor)))
                         answer = _Awaited(asked, len(requests) - 1)
                     waiting[rank] = asked
                 except StopIteration as finished:
@@ -251,7 +253,7 @@ class VirtualRanks:
             theirs, version = requests[awaited.number]
             if type(theirs) is not type(request):
                 raise RuntimeError(f"rank {rank} posted a {type(request).__name__}, {sender} a {type(theirs).__name__}")
-            if theirs.tensor._version != version:
+            if _version(theirs.tensor) != version:
                 raise RuntimeError(f"rank {sender} wrote to what it sent at step {theirs.step} before it arrived")
             part = theirs.tensor
             if isinstance(theirs, AllToAll):
@@ -272,6 +274,11 @@ class VirtualRanks:
 class _Awaited:
     request: Request
     number: int
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _all_gather(output: Tensor, tensor: Tensor, **options: Any) -> Any:

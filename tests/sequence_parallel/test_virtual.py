@@ -218,6 +218,14 @@ def test_documents_do_not_touch_each_other_and_runs_repeat(transport, arrangemen
         assert torch.equal(value[others], perturbed[name][others]), name
 
 
+def test_inference_mode():
+    layout, tensors = VarlenLayout([20, 13]), inputs([20, 13], (4, 2), torch.float64)
+    plan = plan_sequence(layout, ring=3, ulysses=2, num_heads=4, num_kv_heads=2, head_dim=16)
+    with torch.inference_mode():
+        out = virtual_attention(*tensors[:3], plan)
+    assert error(out, truth(layout, True, tensors)["out"]) <= 1e-14
+
+
 def test_an_unused_result_gives_no_gradient():
     layout = VarlenLayout([9])
     plan = plan_sequence(layout, ring=2, num_heads=2, num_kv_heads=2, head_dim=16)
