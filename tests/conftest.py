@@ -4,6 +4,7 @@ one thread, and pools of ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import warnings
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -33,8 +33,11 @@ torch.set_num_threads(1)
 
 # The same examples in every run: a bound that one input in a thousand misses fails for everyone or for nobody.
 # `--hypothesis-profile default` draws new ones.
-hypothesis.settings.register_profile("same", derandomize=True)
-hypothesis.settings.load_profile("same")
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile("same", derandomize=True)
+    hypothesis.settings.load_profile("same")
 
 
 def pytest_configure(config: pytest.Config) -> None:
