@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters to other libraries, one file each; nothing else in the package imports them."""
+"""One-line adoption by other frameworks, none of which is imported before it is needed."""
+
+from lrc_kernels.integrations.transformers import register_attention
+
+__all__ = ["register_attention"]
