@@ -142,6 +142,11 @@ def read_weights(
     return state, plan.report
 
 
+def read_dtype(path: str | Path, config: LRCConfig) -> torch.dtype:
+    """The dtype of a checkpoint's tensors, from their headers alone. Raises as `read_weights` does."""
+    return _plan(path, config, PARTS, None).report.dtype
+
+
 def save_weights(
     path: str | Path, config: LRCConfig, state: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:

@@ -16,9 +16,10 @@ import torch
 from lrc_kernels.token_dropout import DropoutSchedule
 from lrc_model.ablation import ABLATIONS, memory_curve, run_form
 from lrc_model.chat import MAX_NEW_TOKENS, chat
-from lrc_model.checkpoint import convert_checkpoint, read_config
+from lrc_model.checkpoint import convert_checkpoint, read_config, read_dtype
 from lrc_model.config import PRESETS, DropoutConfig, LRCConfig, preset
 from lrc_model.generate import PREFILL_CHUNK
+from lrc_model.memory import total_memory
 from lrc_model.model import LRCModel
 from lrc_model.plan import GIB, GPUS, USABLE, check_fits, most_frames, prefill_cost
 from lrc_model.waterfall import Waterfall, draw, draw_curve
@@ -68,23 +69,27 @@ def _device(args: argparse.Namespace) -> str:
     return str(args.device)
 
 
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """The dtype asked for; of random weights bf16 on a GPU and fp32 else; None = that of the checkpoint."""
+    if args.dtype is not None:
+        return DTYPES[args.dtype]
+    if args.checkpoint is not None:
+        return None
+    return torch.bfloat16 if _device(args).startswith("cuda") else torch.float32
+
+
 def _model(args: argparse.Namespace, config: LRCConfig) -> LRCModel:
-    device = _device(args)
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    device, dtype = _device(args), _dtype(args)
     if args.checkpoint is not None:
         return LRCModel.from_pretrained(args.checkpoint, device=device, dtype=dtype, config=config)
-    return LRCModel.from_config(
-        config, device=device, dtype=dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    )
+    return LRCModel.from_config(config, device=device, dtype=dtype or torch.float32)
 
 
 def _prefill(args: argparse.Namespace) -> int:
     config = _config(args)
-    device = _device(args)
-    if device.startswith("cuda"):
-        total = torch.cuda.get_device_properties(device).total_memory
-        cost = check_fits(config, args.frames, total, frame_text=args.frame_text)
-        print(f"planned: {cost.memory / GIB:.1f} GiB of {total * USABLE / GIB:.1f} GiB usable", flush=True)
+    total, dtype = total_memory(_device(args)), _dtype(args) or read_dtype(args.checkpoint, config)
+    cost = check_fits(config, args.frames, total, frame_text=args.frame_text, bytes_per_value=dtype.itemsize)
+    print(f"planned: {cost.memory / GIB:.1f} GiB of {total * USABLE / GIB:.1f} GiB usable", flush=True)
     model = _model(args, config)
     options = {"video": args.video, "frame_text": args.frame_text, "chunk": args.chunk, "chunk_clips": args.chunk_clips}
     falls: dict[str, Waterfall] = {}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The most memory that a stretch of code uses: of the GPU's allocator, else of the process."""
+"""Memory of a GPU, else of the process and the machine: how much there is, and the most that some code uses."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -30,3 +31,10 @@ def peak_memory(device: torch.device | str) -> int:
         return int(line.split()[1]) * 1024
     # macOS counts in bytes, other systems in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def total_memory(device: torch.device | str) -> int:
+    """Bytes of the GPU, else of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lrc_kernels.checks import check_choice, check_int
 from lrc_model.config import LRCConfig
@@ -115,24 +116,35 @@ def prefill_cost(
     )
 
 
-def most_frames(config: LRCConfig, memory: float, *, frame_text: bool = False) -> int:
-    """The most whole clips' frames whose prefill fits `memory` bytes; 0 where not even the weights do."""
+def most_frames(config: LRCConfig, memory: float, **options: Any) -> int:
+    """The most whole clips' frames whose prefill fits `memory` bytes; 0 where not even the weights do.
+
+    Args:
+        options: of `prefill_cost`.
+    """
     clip = config.connector.clip_frames
+
+    def fits(clips: int) -> bool:
+        return prefill_cost(config, clips * clip, **options).memory <= memory
+
     low, high = 0, 1
-    while prefill_cost(config, high * clip, frame_text=frame_text).memory <= memory and high < 2**24:
+    while fits(high) and high < 2**24:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = prefill_cost(config, middle * clip, frame_text=frame_text).memory <= memory
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low * clip
 
 
-def check_fits(config: LRCConfig, num_frames: int, memory: float, *, frame_text: bool = False) -> PrefillCost:
-    """The cost; ValueError with the numbers where it exceeds the usable part of `memory` bytes."""
-    cost = prefill_cost(config, num_frames, frame_text=frame_text)
+def check_fits(config: LRCConfig, num_frames: int, memory: float, **options: Any) -> PrefillCost:
+    """The cost; ValueError with the numbers where it exceeds the usable part of `memory` bytes.
+
+    Args:
+        options: of `prefill_cost`.
+    """
+    cost = prefill_cost(config, num_frames, **options)
     if cost.memory > memory * USABLE:
-        most = most_frames(config, memory * USABLE, frame_text=frame_text)
+        most = most_frames(config, memory * USABLE, **options)
         raise ValueError(
             f"{num_frames} frames need {cost.memory / GIB:.1f} GiB (weights {cost.weights / GIB:.1f}, keys and values "
             f"{cost.cache / GIB:.1f}, embeddings {cost.visual / GIB:.1f}, work {cost.work / GIB:.1f}) and must fit "

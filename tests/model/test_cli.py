@@ -142,6 +142,7 @@ def test_plan_counts_what_the_model_holds():
         (["chat", "/nope.mp4", "What?"], "/nope.mp4"),
         (["chat", "/nope.mp4", " "], "question must hold some text"),
         (["convert", "/nope", "/tmp/never"], "/nope"),
+        (["prefill", "--device", "cpu", "--frames", "9000000"], "9000000 frames need"),
         (["plan", "--frames", "100000"], "fewer frames, dropout, or a larger GPU"),
         (["plan", "num_layers=4", "--dropout", "paper"], "dropout.layers must be < num_layers = 4"),
     ],
