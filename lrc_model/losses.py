@@ -97,6 +97,9 @@ def chunked_cross_entropy(
         supervised = targets != IGNORE_INDEX
         if values_are_checked(targets) and int(supervised.sum()) != num_targets:
             raise ValueError(f"num_targets must be the rows with a target ({int(supervised.sum())}), got {num_targets}")
-        rows = torch.nonzero_static(supervised, size=num_targets).squeeze(1)
+        # Each supervised row writes its number to its rank; the others share one place that is cut off.
+        rank = torch.where(supervised, supervised.long().cumsum(0) - 1, num_targets)
+        number = torch.arange(len(targets), device=targets.device)
+        rows = torch.zeros(num_targets + 1, dtype=torch.int64, device=targets.device).scatter_(0, rank, number)[:-1]
         hidden, targets, loss_weight = hidden[rows], targets[rows], loss_weight[rows]
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, loss_weight, chunk)
