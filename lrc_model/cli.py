@@ -104,15 +104,24 @@ def _prefill(args: argparse.Namespace) -> int:
     for name, points in curve.items():
         print(f"{name:<18}", *(f"{frames}: {peak / GIB:.2f} GiB" for frames, peak in points), sep="  ")
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        values = {name: fall.to_dict() for name, fall in falls.items()}
-        (args.out / "waterfall.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-        draw(falls, args.out / "waterfall.png")
-        if curve:
-            (args.out / "memory.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
-            draw_curve(curve, args.out / "memory.png")
-        print(f"wrote {args.out}")
+        _write(args.out, falls, curve)
     return 0
+
+
+def _write(out: Path, falls: dict[str, Waterfall], curve: dict[str, list[tuple[int, int]]]) -> None:
+    """The figures as JSON, and as pictures where matplotlib is installed."""
+    out.mkdir(parents=True, exist_ok=True)
+    values = {name: fall.to_dict() for name, fall in falls.items()}
+    (out / "waterfall.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    if curve:
+        (out / "memory.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
+    try:
+        draw(falls, out / "waterfall.png")
+        if curve:
+            draw_curve(curve, out / "memory.png")
+    except ImportError as error:
+        print(f"lrc-model: no picture was drawn: {error}", file=sys.stderr)
+    print(f"wrote {out}")
 
 
 def _chat(args: argparse.Namespace) -> int:
