@@ -174,6 +174,8 @@ class ByteTokenizer(Tokenizer):
 class InternLM2Tokenizer(Tokenizer):
     """InternLM2's sentencepiece model with the added tokens of a checkpoint. No code of the checkpoint runs.
 
+    SentencePiece writes a space as U+2581, so that a text's own U+2581 comes back as a space.
+
     Args:
         path: `tokenizer.model`, or the folder that holds it. `added_tokens.json` and the `added_tokens_decoder` of
             `tokenizer_config.json` beside it say which tokens were added; without both, those of InternVideo2.5.

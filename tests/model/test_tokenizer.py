@@ -69,7 +69,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20))
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\u2581"), max_size=20))
 def test_text_comes_back_whole_and_in_a_stream(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -79,6 +79,12 @@ def test_text_comes_back_whole_and_in_a_stream(tokenizer: Tokenizer, text: str) 
         # A piece may be empty, but what has come out is always a beginning of the text.
         assert text.startswith("".join(pieces))
     assert "".join(pieces) + stream.finish() == text
+
+
+def test_sentencepiece_takes_its_own_sign_for_a_space(folder: Path) -> None:
+    tokenizer = InternLM2Tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
+    assert ByteTokenizer().decode(ByteTokenizer().encode("a\u2581b")) == "a\u2581b"
 
 
 def test_a_character_of_several_tokens_comes_out_at_once(tokenizer: Tokenizer) -> None:
