@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -182,3 +183,18 @@ def _unflatten(children: Iterable[Any], context: Any) -> VarlenLayout:
 
 
 pytree.register_pytree_node(VarlenLayout, _flatten, _unflatten, serialized_type_name="lrc_kernels.VarlenLayout")
+
+
+def register_pytree(cls: type, leaves: int) -> None:
+    """Make a frozen dataclass a pytree: its first `leaves` fields are tensors or pytrees, the others are constants."""
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def flatten(value: Any) -> tuple[list[Any], Any]:
+        return [getattr(value, name) for name in names[:leaves]], tuple(getattr(value, name) for name in names[leaves:])
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        lambda children, context: cls(*children, *context),
+        serialized_type_name=f"{cls.__module__.rpartition('.')[0]}.{cls.__name__}",
+    )

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lrc_kernels.checks import check_choice, check_int
-from lrc_kernels.layout import VarlenLayout
+from lrc_kernels.layout import VarlenLayout, register_pytree
 
 POSITIONS = ("keep", "renumber")
 
@@ -130,19 +129,5 @@ def _counts(name: str, values: Any, limits: Sequence[int], of: str) -> tuple[int
     return counts
 
 
-def _register(cls: type, leaves: int) -> None:
-    names = [field.name for field in fields(cls)]
-
-    def flatten(value: Any) -> tuple[list[Any], Any]:
-        return [getattr(value, name) for name in names[:leaves]], tuple(getattr(value, name) for name in names[leaves:])
-
-    pytree.register_pytree_node(
-        cls,
-        flatten,
-        lambda children, context: cls(*children, *context),
-        serialized_type_name=f"lrc_kernels.token_dropout.{cls.__name__}",
-    )
-
-
-_register(Selection, leaves=3)
-_register(DropBudget, leaves=3)
+register_pytree(Selection, leaves=3)
+register_pytree(DropBudget, leaves=3)

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lrc_kernels.checks import check_int
-from lrc_kernels.layout import VarlenLayout
+from lrc_kernels.layout import VarlenLayout, register_pytree
 
 
 def merge_schedule(num_tokens: int, target: int) -> tuple[int, ...]:
@@ -284,19 +282,5 @@ class MergePlan:
         )
 
 
-def _register(cls: type, leaves: int) -> None:
-    names = [field.name for field in fields(cls)]
-
-    def flatten(value: Any) -> tuple[list[Any], Any]:
-        return [getattr(value, name) for name in names[:leaves]], tuple(getattr(value, name) for name in names[leaves:])
-
-    pytree.register_pytree_node(
-        cls,
-        flatten,
-        lambda children, context: cls(*children, *context),
-        serialized_type_name=f"lrc_kernels.tome.{cls.__name__}",
-    )
-
-
-_register(MergePlan, leaves=7)
-_register(MergeBudget, leaves=3)
+register_pytree(MergePlan, leaves=7)
+register_pytree(MergeBudget, leaves=3)

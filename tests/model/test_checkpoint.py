@@ -277,7 +277,7 @@ def test_an_llm_alone_is_read(tmp_path: Path, tiny_config: LRCConfig) -> None:
 def test_transformers_loads_the_export_and_computes_the_same_tokens(
     public_checkpoint: Make, tiny_config: LRCConfig, tmp_path: Path
 ) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers reads the export (pip install [model])")
     config = tiny_config.override({"clip_frames": 1, "tokens_per_frame": 4})
     public = public_checkpoint(config=config)
     convert_checkpoint(public.path, tmp_path / "hf", layout="transformers", max_shard_bytes=200_000)

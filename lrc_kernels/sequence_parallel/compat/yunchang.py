@@ -4,6 +4,7 @@ over this rank's rows. Its "strip" cut has no counterpart here."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from enum import Enum
 from typing import Any
 
@@ -81,7 +82,7 @@ def zigzag_extract_local(
 EXTRACT_FUNC_DICT = {"basic": basic_extract_local, "zigzag": zigzag_extract_local}
 
 
-class _Attention(torch.nn.Module):
+class _Attention(torch.nn.Module, ABC):
     """Attention for q, k, v [B, S / P, H, K]; subclasses say on which ranks and how their rows were cut."""
 
     zigzag = False
@@ -93,9 +94,9 @@ class _Attention(torch.nn.Module):
         if "sage" in attn_type.value:
             raise ValueError(f"attn_type must be an exact one, got {attn_type}")
 
+    @abstractmethod
     def ranks(self, device_type: str) -> tuple[DeviceMesh, tuple[int, int]]:
         """The mesh and its degrees (ring, ulysses)."""
-        raise NotImplementedError
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
