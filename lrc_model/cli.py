@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lrc_kernels.token_dropout import DropoutSchedule
 from lrc_model.ablation import ABLATIONS, memory_curve, run_form
 from lrc_model.chat import MAX_NEW_TOKENS, chat
 from lrc_model.checkpoint import convert_checkpoint, read_config, read_dtype
-from lrc_model.config import PRESETS, DropoutConfig, LRCConfig, preset
+from lrc_model.config import PRESETS, LRCConfig, preset
 from lrc_model.generate import PREFILL_CHUNK
 from lrc_model.memory import total_memory
 from lrc_model.model import LRCModel
@@ -57,7 +56,7 @@ def _config(args: argparse.Namespace) -> LRCConfig:
     config = read_config(args.checkpoint) if args.checkpoint else preset(args.preset or args.default_preset)
     values = _overrides(args.overrides)
     if getattr(args, "dropout", None) == "paper":
-        values["dropout"] = DropoutConfig(**asdict(DropoutSchedule.paper()))
+        values["dropout"] = DropoutSchedule.paper()
     return config.override(values) if values else config
 
 

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, cast
 
 from lrc_kernels.checks import check_choice, check_int
+from lrc_kernels.token_dropout import DropoutSchedule
 from lrc_model.vision import VisionConfig
 
 FORMAT = "lrc_model/1"
-DROP_KINDS = ("attention", "linspace", "random", "bernoulli")
-DROP_POSITIONS = ("keep", "renumber")
 TOKENIZERS = ("bytes", "internlm2")
 TEMPLATES = ("internvl2_5", "internlm2-chat", "plain")
 # Fields that LRCConfig shows, and `override` takes, without the name of their part.
@@ -129,50 +128,6 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class DropoutConfig:
-    """Token dropout inside the LLM: the arguments of `lrc_kernels.token_dropout.DropoutSchedule`.
-
-    Args:
-        layers: decoder layers (0-based, increasing) that drop visual tokens before their attention.
-        keep_ratios: share of the original visual tokens that is left after each of them, in (0, 1], not increasing.
-        kinds: how each of them chooses: "attention", "linspace", "random" or "bernoulli".
-        positions: "keep" the position ids, or "renumber" what is left.
-    """
-
-    layers: tuple[int, ...]
-    keep_ratios: tuple[float, ...]
-    kinds: tuple[str, ...]
-    positions: str = "keep"
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "keep_ratios", "kinds"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not len(self.layers) == len(self.keep_ratios) == len(self.kinds):
-            raise ValueError(
-                f"dropout.keep_ratios and dropout.kinds must have one entry per layer: {len(self.layers)} layers, got "
-                f"{len(self.keep_ratios)} keep_ratios and {len(self.kinds)} kinds"
-            )
-        for index, layer in enumerate(self.layers):
-            check_int(f"dropout.layers[{index}]", layer, minimum=0)
-        if list(self.layers) != (wanted := sorted(set(self.layers))):
-            raise ValueError(f"dropout.layers must increase, got {list(self.layers)}; the nearest is {wanted}")
-        for index, ratio in enumerate(self.keep_ratios):
-            if not 0 < ratio <= 1:
-                raise ValueError(
-                    f"dropout.keep_ratios[{index}] must be in (0, 1], got {ratio}: 0 would leave no visual token; "
-                    "the smallest useful ratio is 1 / (visual tokens of the shortest video)"
-                )
-        if list(self.keep_ratios) != (falling := sorted(self.keep_ratios, reverse=True)):
-            raise ValueError(
-                f"dropout.keep_ratios are shares of the original tokens and must not increase, got "
-                f"{list(self.keep_ratios)}; the nearest is {falling}"
-            )
-        for index, kind in enumerate(self.kinds):
-            check_choice(f"dropout.kinds[{index}]", kind, DROP_KINDS)
-        check_choice("dropout.positions", self.positions, DROP_POSITIONS)
-
-
-@dataclass(frozen=True)
 class LRCConfig:
     """A whole model. It is validated when it is built; `config.num_layers` is short for `config.text.num_layers`.
 
@@ -191,7 +146,7 @@ class LRCConfig:
     vision: VisionConfig
     connector: ConnectorConfig
     text: TextConfig
-    dropout: DropoutConfig | None = field(default=None)
+    dropout: DropoutSchedule | None = field(default=None)
     tokenizer: str = "internlm2"
     template: str = "internvl2_5"
 
@@ -236,8 +191,8 @@ class LRCConfig:
         for name, kind in (("vision", VisionConfig), ("connector", ConnectorConfig), ("text", TextConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
-        if self.dropout is not None and not isinstance(self.dropout, DropoutConfig):
-            raise TypeError(f"dropout must be a DropoutConfig or None, got {type(self.dropout).__name__}")
+        if self.dropout is not None and not isinstance(self.dropout, DropoutSchedule):
+            raise TypeError(f"dropout must be a DropoutSchedule or None, got {type(self.dropout).__name__}")
         check_choice("tokenizer", self.tokenizer, TOKENIZERS)
         check_choice("template", self.template, TEMPLATES)
         connector, unit = self.connector, self.vision.patch_size * self.connector.shuffle
@@ -257,12 +212,8 @@ class LRCConfig:
                 f"num_metric_heads must divide the token width {self.token_width}, got {connector.num_metric_heads}; "
                 f"the nearest is {nearest}"
             )
-        if self.dropout is not None and any(layer >= self.text.num_layers for layer in self.dropout.layers):
-            kept = [layer for layer in self.dropout.layers if layer < self.text.num_layers]
-            raise ValueError(
-                f"dropout.layers must be < num_layers = {self.text.num_layers}, got {list(self.dropout.layers)}; the "
-                f"nearest is {kept or [self.text.num_layers - 1]}"
-            )
+        if self.dropout is not None:
+            self.dropout.validate(self.text.num_layers)
 
     def override(self, values: Mapping[str, Any]) -> LRCConfig:
         """A copy with other values, e.g. `{"clip_frames": 8, "text.rope_factor": 1.0, "dropout": None}`.
@@ -312,7 +263,7 @@ _PARTS: dict[str, type] = {
     "vision": VisionConfig,
     "connector": ConnectorConfig,
     "text": TextConfig,
-    "dropout": DropoutConfig,
+    "dropout": DropoutSchedule,
 }
 
 

@@ -67,7 +67,7 @@ class LRCModel(nn.Module):
         self.vision_model = vision_model
         self.connector = connector
         self.language_model = language_model
-        self.schedule = dropout_schedule(config)
+        self.schedule = config.dropout or DropoutSchedule.none()
         self.checkpoint: Path | None = None
         self._tokenizer: Tokenizer | None = None
 
@@ -252,17 +252,6 @@ class LRCModel(nn.Module):
                 "overflows where bf16 does not)"
             )
         return best
-
-
-def dropout_schedule(config: LRCConfig) -> DropoutSchedule:
-    """The schedule of a configuration; `DropoutSchedule.none()` where token dropout is off."""
-    if config.dropout is None:
-        return DropoutSchedule.none()
-    schedule = DropoutSchedule(
-        config.dropout.layers, config.dropout.keep_ratios, config.dropout.kinds, config.dropout.positions
-    )
-    schedule.validate(config.text.num_layers)
-    return schedule
 
 
 def _prompts(batch: PackedBatch) -> list[tuple[slice, PackedRows]]:

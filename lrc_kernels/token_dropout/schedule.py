@@ -30,7 +30,8 @@ class DropoutSchedule:
         keep_ratios: of the droppable tokens that a sequence had at first, the share that is left after each drop, in
             (0, 1] and not increasing.
         kinds: how each drop chooses. "attention" keeps the tokens that the query rows attend to most; "linspace" evenly
-            spaced ones; "random" exactly as many, without replacement; "bernoulli" each by itself (paper eq. 2).
+            spaced ones; "random" exactly as many, without replacement; "bernoulli" each by itself (paper eq. 2), only
+            as the first, since its counts are drawn on the host.
         positions: "keep" leaves the position ids as they were, "renumber" counts the rows that are left.
 
     Raises:
@@ -54,14 +55,19 @@ class DropoutSchedule:
             )
         for index, layer in enumerate(self.layers):
             check_int(f"layers[{index}]", layer, minimum=0)
-            if index and layer <= self.layers[index - 1]:
-                raise ValueError(f"layers must increase, got {list(self.layers)}")
+        if list(self.layers) != (wanted := sorted(set(self.layers))):
+            raise ValueError(f"layers must increase, got {list(self.layers)}; the nearest is {wanted}")
         for index, (ratio, kind) in enumerate(zip(self.keep_ratios, self.kinds, strict=True)):
             if not 0 < ratio <= 1:
-                raise ValueError(f"keep_ratios[{index}] must be in (0, 1], got {ratio}")
-            if index and ratio > self.keep_ratios[index - 1]:
-                raise ValueError(f"keep_ratios must not increase, got {list(self.keep_ratios)}")
+                raise ValueError(f"keep_ratios[{index}] must be in (0, 1], got {ratio}: 0 would leave no visual token")
             check_choice(f"kinds[{index}]", kind, tuple(MODES))
+            if index and kind == "bernoulli":
+                raise ValueError(f"kinds: a bernoulli drop must be the first, got {list(self.kinds)}")
+        if list(self.keep_ratios) != (shares := sorted(self.keep_ratios, reverse=True)):
+            raise ValueError(
+                "keep_ratios are shares of the original tokens and must not increase, got "
+                f"{list(self.keep_ratios)}; the nearest is {shares}"
+            )
         check_choice("positions", self.positions, POSITIONS)
 
     @property
@@ -116,7 +122,10 @@ class DropoutSchedule:
         """ValueError where a layer of the schedule does not exist in a model of `num_layers` layers."""
         check_int("num_layers", num_layers, minimum=1)
         if self.layers and self.layers[-1] >= num_layers:
-            raise ValueError(f"layers must be below num_layers = {num_layers}, got {list(self.layers)}")
+            kept = [layer for layer in self.layers if layer < num_layers] or [num_layers - 1]
+            raise ValueError(
+                f"layers must be < num_layers = {num_layers}, got {list(self.layers)}; the nearest is {kept}"
+            )
 
     def plan(
         self,
@@ -148,8 +157,6 @@ class DropoutSchedule:
         left = counts
         for layer, ratio, kind in zip(self.layers, self.keep_ratios, self.kinds, strict=True):
             if kind == "bernoulli":
-                if budgets:
-                    raise ValueError(f"kinds: a bernoulli drop must be the first, got {list(self.kinds)}")
                 if droppable is None:
                     raise ValueError("droppable must be given, on the host, for a bernoulli drop, got None")
                 keep = _bernoulli_counts(layout, droppable, ratio, seed, layer, sequence_ids, positions)

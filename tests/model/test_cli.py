@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
+from lrc_kernels.token_dropout import DropoutSchedule
 from lrc_model.ablation import ABLATIONS
 from lrc_model.chat import chat
 from lrc_model.cli import main
-from lrc_model.config import DropoutConfig, internvideo2_5_8b, preset, tiny
+from lrc_model.config import internvideo2_5_8b, preset, tiny
 from lrc_model.model import LRCModel
 from lrc_model.plan import GIB, check_fits, most_frames, prefill_cost
 from lrc_model.templates import Turn
@@ -24,11 +25,12 @@ DROPOUT = 'dropout={"layers": [1, 2], "keep_ratios": [0.5, 0.25], "kinds": ["ber
 PEAK = """
 import resource, sys
 import torch
-from lrc_model.config import DropoutConfig, tiny
+from lrc_kernels.token_dropout import DropoutSchedule
+from lrc_model.config import tiny
 from lrc_model.model import LRCModel
 from lrc_model.waterfall import run_prefill
 torch.set_num_threads(1)
-dropout = DropoutConfig((1, 2), (0.5, 0.25), ("random", "attention"))
+dropout = DropoutSchedule((1, 2), (0.5, 0.25), ("random", "attention"))
 model = LRCModel.from_config(tiny().override({"dropout": dropout}))
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 fall = run_prefill(model, int(sys.argv[1]), chunk=256)
@@ -86,7 +88,7 @@ def test_prefill_shows_every_form(tmp_path, capsys, video):
 
 def test_a_prefill_reads_what_forward_reads():
     """Frame by frame through the chunks, or all at once through `LRCModel.forward`: the same next word."""
-    dropout = DropoutConfig((1, 3), (0.5, 0.25), ("linspace", "attention"))
+    dropout = DropoutSchedule((1, 3), (0.5, 0.25), ("linspace", "attention"))
     model = LRCModel.from_config(tiny().override({"dropout": dropout}), seed=3)
     words = {run_prefill(model, 24, chunk=chunk, chunk_clips=clips).next_word for chunk, clips in ((7, 1), (99, 9))}
     assert len(words) == 1
@@ -118,7 +120,7 @@ def test_a_saved_model_is_the_model(tmp_path, video):
 
 
 def test_plan_counts_what_the_model_holds():
-    for dropout in (None, DropoutConfig((1, 2), (0.5, 0.25), ("linspace", "attention"))):
+    for dropout in (None, DropoutSchedule((1, 2), (0.5, 0.25), ("linspace", "attention"))):
         config = tiny().override({"dropout": dropout})
         model = LRCModel.from_config(config)
         cost = prefill_cost(config, 64, bytes_per_value=4)
@@ -148,7 +150,7 @@ def test_plan_counts_what_the_model_holds():
         (["convert", "/nope", "/tmp/never"], "/nope"),
         (["prefill", "--device", "cpu", "--frames", "9000000"], "9000000 frames need"),
         (["plan", "--frames", "100000"], "fewer frames, dropout, or a larger GPU"),
-        (["plan", "num_layers=4", "--dropout", "paper"], "dropout.layers must be < num_layers = 4"),
+        (["plan", "num_layers=4", "--dropout", "paper"], "layers must be < num_layers = 4"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):

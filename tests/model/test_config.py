@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from lrc_kernels.token_dropout import DropoutSchedule
 from lrc_model.config import (
     PRESETS,
     ConnectorConfig,
-    DropoutConfig,
     LRCConfig,
     TextConfig,
     internvideo2_5_8b,
@@ -24,7 +24,7 @@ from lrc_model.config import (
 )
 from lrc_model.public_config import from_public, text_from_public, to_transformers
 
-DROPOUT = DropoutConfig((1, 3), (0.5, 0.25), ("bernoulli", "attention"))
+DROPOUT = DropoutSchedule((1, 3), (0.5, 0.25), ("bernoulli", "attention"))
 
 
 def test_the_release_and_the_paper() -> None:
@@ -103,14 +103,14 @@ def test_what_does_not_fit_is_named_with_the_nearest_value(values: dict[str, Any
         (((1, 1), (0.5, 0.25), ("random",) * 2), r"must increase, got \[1, 1\]; the nearest is \[1\]"),
         (((1, 3), (0.5, 0.0), ("random",) * 2), r"keep_ratios\[1\] must be in \(0, 1\], got 0.0: 0 would leave no"),
         (((1, 3), (0.25, 0.5), ("random",) * 2), r"must not increase, got \[0.25, 0.5\]; the nearest is \[0.5, 0.25\]"),
-        (((1, 3), (0.5,), ("random",) * 2), "one entry per layer: 2 layers, got 1 keep_ratios and 2 kinds"),
+        (((1, 3), (0.5,), ("random",) * 2), "one entry per layer, got 2 layers, 1 keep_ratios and 2 kinds"),
         (((1,), (0.5,), ("uniform",)), "kinds.0. must be one of attention, linspace, random, bernoulli, got 'uniform'"),
         (((1,), (0.5,), ("random",), "drop"), "positions must be one of keep, renumber, got 'drop'"),
     ],
 )  # fmt: skip
 def test_bad_dropout_is_refused(arguments: tuple[Any, ...], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        DropoutConfig(*arguments)
+        DropoutSchedule(*arguments)
 
 
 def test_a_remainder_of_frames_names_the_next_whole_clip() -> None:

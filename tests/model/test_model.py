@@ -8,14 +8,15 @@ import torch
 
 from lrc_kernels.backend import record
 from lrc_kernels.packing import Sample, pack_samples
+from lrc_kernels.token_dropout import DropoutSchedule
 from lrc_model.checkpoint import convert_checkpoint
-from lrc_model.config import DropoutConfig, tiny
+from lrc_model.config import tiny
 from lrc_model.model import LRCModel
 
 DROPOUTS = {
     "none": None,
-    "paper": DropoutConfig((1, 2, 3), (0.5, 0.25, 0.125), ("bernoulli", "attention", "attention")),
-    "videochat_flash": DropoutConfig((1, 3), (0.75, 0.25), ("linspace", "attention"), "renumber"),
+    "paper": DropoutSchedule((1, 2, 3), (0.5, 0.25, 0.125), ("bernoulli", "attention", "attention")),
+    "videochat_flash": DropoutSchedule((1, 3), (0.75, 0.25), ("linspace", "attention"), "renumber"),
 }
 
 
@@ -137,8 +138,8 @@ def test_what_a_model_refuses():
         model.language_model.lm_head.weight[3] = torch.nan
     with pytest.raises(RuntimeError, match="logits of sequence 0 are not finite"):
         model.generate(batch, max_new_tokens=1)
-    with pytest.raises(ValueError, match="dropout.layers must be < num_layers = 4"):
-        tiny().override({"dropout": DropoutConfig((4,), (0.5,), ("random",))})
+    with pytest.raises(ValueError, match="layers must be < num_layers = 4"):
+        tiny().override({"dropout": DropoutSchedule((4,), (0.5,), ("random",))})
 
 
 def test_without_merging_the_logits_are_those_of_stock_internvl(tmp_path):

@@ -77,7 +77,7 @@ def test_videochat_flash():
         ({"keep_ratios": (0.5, 0.0)}, "keep_ratios\\[1\\] must be in \\(0, 1\\], got 0.0"),
         ({"keep_ratios": (1.5, 0.5)}, "keep_ratios\\[0\\] must be in"),
         ({"keep_ratios": (float("nan"), 0.5)}, "keep_ratios\\[0\\] must be in"),
-        ({"keep_ratios": (0.25, 0.5)}, "keep_ratios must not increase"),
+        ({"keep_ratios": (0.25, 0.5)}, "keep_ratios are shares of the original tokens and must not increase"),
         ({"kinds": ("linspace", "fastv")}, "kinds\\[1\\] must be one of"),
         ({"kinds": ("linspace",)}, "one entry per layer, got 2 layers, 2 keep_ratios and 1 kinds"),
         ({"positions": "shift"}, "positions must be one of keep, renumber"),
@@ -89,7 +89,7 @@ def test_bad_schedules(change, message):
 
 
 def test_what_a_pack_or_a_model_refuses():
-    with pytest.raises(ValueError, match="layers must be below num_layers = 5, got \\[2, 5\\]"):
+    with pytest.raises(ValueError, match="layers must be < num_layers = 5, got \\[2, 5\\]"):
         schedule().validate(5)
     schedule().validate(6)
     with pytest.raises(ValueError, match="keep must leave every sequence a row"):
