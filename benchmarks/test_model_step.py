@@ -80,13 +80,15 @@ def test_prefill(bench, device, models, num_frames):
 
     wanted = references(*make(0))
 
+    # Without merging the LLM reads other tokens, so that stock transformers has an answer of its own.
+    answers = [wanted] if stock is None else [wanted, published(*make(0))]
+
     def check(logits):
-        assert logits.shape == wanted.shape and logits.isfinite().all()
+        bound = 2e-2 * wanted.abs().max()
+        assert min((logits - answer).abs().max() for answer in answers) <= bound
 
-    def check_ours(logits):
-        torch.testing.assert_close(logits, wanted, rtol=2e-2, atol=2e-2 * wanted.abs().max().item())
-
-    check_ours(ours(*make(0)))
+    check(ours(*make(0)))
+    assert stock is None or (answers[0] - answers[1]).abs().max() > 2e-2 * wanted.abs().max()
     rows = num_frames * model.config.tokens_per_frame + 8
     patches = (vision.image_size // vision.patch_size) ** 2
     flops = 2 * rows * sum(p.numel() for p in model.language_model.parameters())

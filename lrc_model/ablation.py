@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrc_kernels.backend import use_backend
+from lrc_kernels.checks import check_choice
 from lrc_kernels.tome import compress_clips
 from lrc_model.config import LRCConfig
 from lrc_model.connector import Connector
@@ -84,7 +85,12 @@ def _why_not(model: LRCModel, name: str) -> str | None:
 
 
 def run_form(model: LRCModel, name: str, num_frames: int, **options: Any) -> Waterfall | str:
-    """The waterfall of "ours" or of a public form, or why it has none: out of memory, or nothing to replace."""
+    """The waterfall of "ours" or of a public form, or why it has none: out of memory, or nothing to replace.
+
+    Raises:
+        ValueError: an unknown form, or as `run_prefill`.
+    """
+    check_choice("name", name, ("ours", *ABLATIONS))
     if (reason := _why_not(model, name)) is not None:
         return reason
     changed, extra = ABLATIONS[name](model) if name in ABLATIONS else (model, {})

@@ -58,6 +58,9 @@ class KVCache:
 
     def rows(self, layer: int, sequence: int, end: int) -> tuple[Tensor, Tensor]:
         """The first `end` keys and values [end, Hkv, K] of a sequence, without a copy."""
+        if not (0 <= layer < self.num_layers and 0 <= sequence < self.num_sequences):
+            held = f"{self.num_layers} layers and {self.num_sequences} sequences"
+            raise ValueError(f"layer and sequence must be within the {held} held, got {layer} and {sequence}")
         buffer = self._buffers[layer][sequence]
         if buffer is None or end > self._lengths[layer][sequence]:
             raise ValueError(f"end must be at most the {self._lengths[layer][sequence]} rows held, got {end}")

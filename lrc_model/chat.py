@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lrc_kernels.checks import check_int
 from lrc_kernels.packing import PackedBatch, Sample, TemporalSampling, decode_frames, pack_samples, probe_video
 from lrc_model.connector import pad_frames
 from lrc_model.model import LRCModel
@@ -96,6 +97,7 @@ def chat(
 
 def synthetic_frames(num_frames: int, size: int, device: torch.device | str, seed: int = 0) -> torch.Tensor:
     """uint8 [F, 3, size, size] of noise: pixels cost what they cost, whatever they show."""
+    check_int("num_frames", num_frames, minimum=0)
     generator = torch.Generator(device).manual_seed(seed)
     shape = (num_frames, 3, size, size)
     return torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)

@@ -163,8 +163,9 @@ class LRCModel(nn.Module):
             recompute: keep only the inputs of layers and clips, and compute the rest again in the backward.
 
         Raises:
-            ValueError: frames, visual tokens or lengths that do not fit each other.
+            TypeError: no PackedBatch. ValueError: frames, visual tokens or lengths that do not fit each other.
         """
+        _check_batch(batch)
         rows = PackedRows.of(
             batch.layout,
             position_ids=batch.position_ids,
@@ -220,8 +221,10 @@ class LRCModel(nn.Module):
             int64 ids of the new words of each sequence, on the CPU.
 
         Raises:
-            ValueError: an empty prompt. RuntimeError: logits that are not finite, which no word can be chosen by.
+            TypeError: no PackedBatch. ValueError: an empty prompt.
+            RuntimeError: logits that are not finite, which no word can be chosen by.
         """
+        _check_batch(batch)
         check_int("max_new_tokens", max_new_tokens, minimum=0)
         if min(batch.layout.lengths, default=0) == 0:
             raise ValueError(f"batch must hold prompts of at least one token, got lengths {batch.layout.lengths}")
@@ -252,6 +255,11 @@ class LRCModel(nn.Module):
                 "overflows where bf16 does not)"
             )
         return best
+
+
+def _check_batch(batch: PackedBatch) -> None:
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
 
 
 def _prompts(batch: PackedBatch) -> list[tuple[slice, PackedRows]]:

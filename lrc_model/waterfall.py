@@ -114,9 +114,10 @@ def run_prefill(
         seed: of the noise and of random drops.
 
     Raises:
-        FileNotFoundError, ValueError: a video that cannot be read, num_frames < 1.
+        FileNotFoundError, ValueError: a video that cannot be read, num_frames, chunk or chunk_clips < 1.
     """
-    check_int("num_frames", num_frames, minimum=1)
+    for name, value in (("num_frames", num_frames), ("chunk", chunk), ("chunk_clips", chunk_clips)):
+        check_int(name, value, minimum=1)
     device = next(model.parameters()).device
     clip, tokens = model.config.connector.clip_frames, model.config.connector.tokens_per_frame
     num_frames = -(-num_frames // clip) * clip

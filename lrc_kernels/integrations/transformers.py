@@ -45,8 +45,10 @@ def register_attention(name: str = "lrc") -> None:
     bidirectional, sliding window and packed sequences.
 
     Raises:
-        ImportError: transformers is not installed, or has no AttentionInterface.
+        TypeError: a name that is no str. ImportError: transformers is missing, or has no AttentionInterface.
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name must be a non-empty str, got {name!r}")
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from lrc_kernels.checks import check_tensor, check_values
+from lrc_kernels.checks import check_int, check_tensor, check_values
 from lrc_kernels.layout import VarlenLayout
 
 IGNORE_INDEX = -100
@@ -255,6 +255,7 @@ def pack_samples(
     Raises:
         TypeError, ValueError: naming the sample and the field that does not fit.
     """
+    check_int("clip_frames", clip_frames, minimum=1)
     if not samples:
         raise ValueError("samples must hold at least one sample, got none")
     for index, sample in enumerate(samples):
@@ -335,6 +336,12 @@ def _per_frame(sample: Sample, values: Tensor | None, default: float | bool) -> 
 
 def _check_sample(index: int, sample: Sample, clip_frames: int) -> None:
     where = f"samples[{index}]"
+    if not isinstance(sample, Sample):
+        raise TypeError(f"{where} must be a Sample, got {type(sample).__name__}")
+    for name in ("input_ids", "visual", "frames", "labels", "frame_pts", "frame_valid"):
+        value = getattr(sample, name)
+        if not isinstance(value, Tensor) and (value is not None or name in ("input_ids", "visual")):
+            raise TypeError(f"{where}.{name} must be a tensor, got {type(value).__name__}")
     n = sample.input_ids.shape
     if sample.input_ids.dtype != torch.int64 or len(n) != 1 or n[0] == 0:
         raise ValueError(f"{where}.input_ids must be int64 [n], n > 0, got {sample.input_ids.dtype} {list(n)}")

@@ -58,6 +58,8 @@ class DropoutSchedule:
         if list(self.layers) != (wanted := sorted(set(self.layers))):
             raise ValueError(f"layers must increase, got {list(self.layers)}; the nearest is {wanted}")
         for index, (ratio, kind) in enumerate(zip(self.keep_ratios, self.kinds, strict=True)):
+            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+                raise TypeError(f"keep_ratios[{index}] must be a number, got {type(ratio).__name__}")
             if not 0 < ratio <= 1:
                 raise ValueError(f"keep_ratios[{index}] must be in (0, 1], got {ratio}: 0 would leave no visual token")
             check_choice(f"kinds[{index}]", kind, tuple(MODES))
@@ -152,7 +154,9 @@ class DropoutSchedule:
             TypeError, ValueError: counts that do not fit the layout, a drop that leaves a sequence empty, a "bernoulli"
                 drop without `droppable`.
         """
-        counts = [int(count) for count in num_droppable]
+        counts = list(num_droppable)
+        for index, count in enumerate(counts):
+            check_int(f"num_droppable[{index}]", count, minimum=0)
         budgets: list[DropBudget] = []
         left = counts
         for layer, ratio, kind in zip(self.layers, self.keep_ratios, self.kinds, strict=True):

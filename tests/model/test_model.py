@@ -9,9 +9,12 @@ import torch
 from lrc_kernels.backend import record
 from lrc_kernels.packing import Sample, pack_samples
 from lrc_kernels.token_dropout import DropoutSchedule
+from lrc_model.ablation import run_form
+from lrc_model.cache import KVCache
 from lrc_model.checkpoint import convert_checkpoint
 from lrc_model.config import tiny
 from lrc_model.model import LRCModel
+from lrc_model.waterfall import run_prefill
 
 DROPOUTS = {
     "none": None,
@@ -164,3 +167,16 @@ def test_without_merging_the_logits_are_those_of_stock_internvl(tmp_path):
         wanted = stock(input_ids=placed[None], pixel_values=pixels).logits[0]
     assert wanted.abs().max() > 0.1
     assert (ours - wanted).abs().max() <= 2e-5 * max(1.0, wanted.abs().max().item())
+
+
+def test_what_is_no_batch_or_no_place_in_a_cache():
+    model = make_model()
+    for call in (model, lambda batch: model.generate(batch, max_new_tokens=1)):
+        with pytest.raises(TypeError, match="batch must be a PackedBatch, got int"):
+            call(3)
+    with pytest.raises(ValueError, match="layer and sequence must be within the 2 layers and 0 sequences held"):
+        KVCache(2).rows(0, 0, 1)
+    with pytest.raises(ValueError, match="chunk must be >= 1, got 0"):
+        run_prefill(model, 8, chunk=0)
+    with pytest.raises(ValueError, match="name must be one of ours, published merge"):
+        run_form(model, "nonsense", 8)

@@ -109,6 +109,17 @@ def test_bad_samples(changed, message):
         pack_samples([], clip_frames=2)
 
 
+def test_bad_types():
+    with pytest.raises(ValueError, match="clip_frames must be >= 1, got 0"):
+        pack_samples([sample()], clip_frames=0)
+    with pytest.raises(TypeError, match="samples\\[0\\] must be a Sample, got int"):
+        pack_samples([3], clip_frames=2)
+    with pytest.raises(TypeError, match="samples\\[0\\].input_ids must be a tensor, got list"):
+        pack_samples([sample(input_ids=[1, 2])], clip_frames=2)
+    with pytest.raises(TypeError, match="samples\\[0\\].frames must be a tensor, got str"):
+        pack_samples([sample(frames="a.mp4")], clip_frames=2)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_shards_together_are_the_batch(ranks):
     batch = pack()

@@ -88,6 +88,13 @@ def test_bad_schedules(change, message):
         schedule(**change)
 
 
+def test_bad_types():
+    with pytest.raises(TypeError, match="keep_ratios\\[0\\] must be a number, got str"):
+        schedule(keep_ratios=("half", 0.25))
+    with pytest.raises(TypeError, match="num_droppable\\[1\\] must be an int, got float"):
+        schedule().plan(VarlenLayout([4, 4]), [3, 2.5])
+
+
 def test_what_a_pack_or_a_model_refuses():
     with pytest.raises(ValueError, match="layers must be < num_layers = 5, got \\[2, 5\\]"):
         schedule().validate(5)
