@@ -132,7 +132,8 @@ class VarlenLayout:
     def to(self, device: torch.device | str) -> VarlenLayout:
         """The same layout with `cu_seqlens` on `device`."""
         layout = type(self).__new__(type(self))
-        cu_seqlens = self.cu_seqlens.to(device, non_blocking=True)
+        # What comes back to the host must be there when it is read.
+        cu_seqlens = self.cu_seqlens.to(device, non_blocking=torch.device(device).type != "cpu")
         layout._fill(cu_seqlens, self.max_seqlen, self.num_tokens, self._lengths)
         return layout
 

@@ -98,7 +98,10 @@ def run_form(model: LRCModel, name: str, num_frames: int, **options: Any) -> Wat
     try:
         with use_backend(backend) if backend else _nothing():
             return measured_prefill(changed, num_frames, **{**options, **extra})
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # torch's CPU allocator has no error class of its own.
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
         return f"out of memory: {str(error).splitlines()[0]}"
     finally:
         if torch.cuda.is_available():
@@ -116,6 +119,10 @@ def memory_curve(model: LRCModel, most_frames: int, **options: Any) -> dict[str,
                 break
             frames = min(2 * frames, most_frames)
     return curve
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager

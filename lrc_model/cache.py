@@ -44,6 +44,8 @@ class KVCache:
 
     def append(self, layer: int, sequence: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add rows [n, Hkv, K] and return all keys and values of the sequence so far, without a copy."""
+        if v.shape != k.shape:
+            raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
         start = self._lengths[layer][sequence]
         end = start + k.shape[0]
         buffer = self._buffers[layer][sequence]

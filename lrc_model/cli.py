@@ -86,6 +86,8 @@ def _model(args: argparse.Namespace, config: LRCConfig) -> LRCModel:
 
 def _prefill(args: argparse.Namespace) -> int:
     config = _config(args)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     total, dtype = total_memory(_device(args)), _dtype(args) or read_dtype(args.checkpoint, config)
     cost = check_fits(config, args.frames, total, frame_text=args.frame_text, bytes_per_value=dtype.itemsize)
     print(f"planned: {cost.memory / GIB:.1f} GiB of {total * USABLE / GIB:.1f} GiB usable", flush=True)
@@ -109,7 +111,6 @@ def _prefill(args: argparse.Namespace) -> int:
 
 def _write(out: Path, falls: dict[str, Waterfall], curve: dict[str, list[tuple[int, int]]]) -> None:
     """The figures as JSON, and as pictures where matplotlib is installed."""
-    out.mkdir(parents=True, exist_ok=True)
     values = {name: fall.to_dict() for name, fall in falls.items()}
     (out / "waterfall.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     if curve:
@@ -138,6 +139,10 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     dtype = DTYPES[args.dtype] if args.dtype else None
+    if args.source in PRESETS and args.layout != "own":
+        raise ValueError(
+            f"--layout {args.layout} needs a checkpoint: write {args.source} first, then convert the folder"
+        )
     if args.source in PRESETS:
         model = LRCModel.from_config(preset(args.source), dtype=dtype or torch.float32, seed=args.seed)
         model.save_pretrained(args.target)
@@ -211,8 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        print(f"lrc-model: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        first_line = str(error).partition("\n")[0]
+        print(f"lrc-model: {first_line or type(error).__name__}", file=sys.stderr)
         return 2
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from lrc_kernels.checks import check_int
 from lrc_kernels.layout import VarlenLayout
 from lrc_kernels.token_dropout import drop_tokens, query_rows
 from lrc_model.cache import KVCache
@@ -58,7 +59,12 @@ def prefill(
         chunk: rows at a time.
         max_new_tokens: room that the cache reserves behind the prompt.
         clock: a context manager per stage, "dropout" or "language"; see `lrc_model.waterfall`.
+
+    Raises:
+        TypeError, ValueError: rows of more than one sequence or of other lengths than x, a place in the cache that is
+            taken, a chunk below 1.
     """
+    _check_prompt(x, rows, cache, sequence, chunk)
     drop_of = {drop.budget.layer: drop for drop in drops}
     first_layers = sorted({0, *drop_of})
     warn_past_trained(x.shape[0], language.text)
@@ -80,6 +86,14 @@ def prefill(
                     h = _layer_chunk(layer, h, rows, part, cache, index, sequence, index == first and first in drop_of)
                 x[part] = h
     return language.model.norm(x[-1:])
+
+
+def _check_prompt(x: Tensor, rows: PackedRows, cache: KVCache, sequence: int, chunk: int) -> None:
+    check_int("chunk", chunk, minimum=1)
+    if rows.layout.num_sequences != 1 or rows.layout.num_tokens != x.shape[0] or x.shape[0] == 0:
+        raise ValueError(f"rows must be those of one prompt, the {x.shape[0]} of x and at least one, got {rows.layout}")
+    if any(cache.length(layer, sequence) for layer in range(cache.num_layers)):
+        raise ValueError(f"sequence must be an empty place of the cache, got {sequence}, which holds a prompt already")
 
 
 def _parts(num_rows: int, chunk: int) -> list[slice]:

@@ -226,6 +226,8 @@ class LRCModel(nn.Module):
         """
         _check_batch(batch)
         check_int("max_new_tokens", max_new_tokens, minimum=0)
+        check_int("chunk", chunk, minimum=1)
+        stop_ids = frozenset(stop_ids)
         if min(batch.layout.lengths, default=0) == 0:
             raise ValueError(f"batch must hold prompts of at least one token, got lengths {batch.layout.lengths}")
         x = self.embed(batch)
@@ -260,6 +262,12 @@ class LRCModel(nn.Module):
 def _check_batch(batch: PackedBatch) -> None:
     if not isinstance(batch, PackedBatch):
         raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
+    if batch.rows is not None or batch.clips is not None:
+        raise ValueError("batch must be a whole pack, got the shard of a sequence-parallel rank")
+    if batch.position_ids.dim() != 1:
+        raise ValueError(
+            f"position_ids must have shape [T], got {list(batch.position_ids.shape)}: this is no M-RoPE model"
+        )
 
 
 def _prompts(batch: PackedBatch) -> list[tuple[slice, PackedRows]]:

@@ -156,7 +156,7 @@ if wanted model; then
   step prefill 540 "lrc_model/cli.py" "$PYTHON -m lrc_model.cli prefill --preset tiny --frames 64 --device cpu" \
     "$PYTHON" -m lrc_model.cli prefill --frames 10000 --out "$work/prefill"
   step ablation 540 "lrc_model/cli.py" "$PYTHON -m lrc_model.cli prefill --preset tiny --frames 64 --device cpu --ablate" \
-    "$PYTHON" -m lrc_model.cli prefill --frames 512 --dropout paper --ablate --out "$work/ablation"
+    "$PYTHON" -m lrc_model.cli prefill --frames 512 --dropout paper --ablate --curve --out "$work/ablation"
 fi
 
 if wanted sanitize; then

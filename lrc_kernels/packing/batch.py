@@ -146,7 +146,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
         """The same batch on a device; from pinned memory the copies overlap with what runs there."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        # What comes back to the host must be there when it is read.
+        overlaps = non_blocking and torch.device(device).type != "cpu"
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=overlaps))
         return replace(self, **moved, layout=self.layout.to(device))  # type: ignore[arg-type]
 
     def pin_memory(self) -> PackedBatch:

@@ -32,6 +32,7 @@ from lrc_model.waterfall import run_prefill
 torch.set_num_threads(1)
 dropout = DropoutSchedule((1, 2), (0.5, 0.25), ("random", "attention"))
 model = LRCModel.from_config(tiny().override({"dropout": dropout}))
+run_prefill(model, 4, chunk=256)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 fall = run_prefill(model, int(sys.argv[1]), chunk=256)
 print(fall.peak - before - fall.cache_bytes - fall.visual_bytes)
@@ -150,10 +151,13 @@ def test_plan_counts_what_the_model_holds():
         (["convert", "/nope", "/tmp/never"], "/nope"),
         (["prefill", "--device", "cpu", "--frames", "9000000"], "9000000 frames need"),
         (["plan", "--frames", "100000"], "fewer frames, dropout, or a larger GPU"),
+        (["convert", "tiny", "/tmp/never", "--layout", "transformers"], "--layout transformers needs a checkpoint"),
+        (["prefill", "--preset", "tiny", "--device", "foo"], "foo"),
+        (["prefill", "--preset", "tiny", "--out", "/dev/null"], "/dev/null"),
         (["plan", "num_layers=4", "--dropout", "paper"], "layers must be < num_layers = 4"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert message in error and error.startswith("lrc-model: ") and error.count("\n") <= 2
+    assert message in error and error.startswith("lrc-model: ") and error.count("\n") == 1
