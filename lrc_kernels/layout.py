@@ -125,6 +125,11 @@ class VarlenLayout:
         return self._lengths
 
     @property
+    def is_on_host(self) -> bool:
+        """True where the host knows `lengths`."""
+        return self._lengths != ON_DEVICE
+
+    @property
     def is_uniform(self) -> bool:
         """True where every sequence has `max_seqlen` rows."""
         return self._lengths != ON_DEVICE and self.max_seqlen * self.num_sequences == self.num_tokens

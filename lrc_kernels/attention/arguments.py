@@ -136,7 +136,8 @@ def _check_key_bias(key_bias: Tensor, k: Tensor) -> None:
     check_like("key_bias", key_bias, torch.Size((k.shape[0],)), (accumulation_dtype(k),), k)
     if key_bias.requires_grad:
         raise ValueError("key_bias must not require a gradient, which attention does not compute: detach it")
-    check_values("key_bias", key_bias, key_bias < torch.inf, "finite or -inf")
+    if values_are_checked(key_bias):
+        check_values("key_bias", key_bias, key_bias < torch.inf, "finite or -inf")
 
 
 def _check_window(window: tuple[int, int] | None) -> tuple[int, int]:
@@ -146,4 +147,6 @@ def _check_window(window: tuple[int, int] | None) -> tuple[int, int]:
         raise ValueError(f"window must be (left, right), -1 for no bound, got {window!r}")
     for side, value in zip(("left", "right"), window, strict=True):
         check_int(f"window {side}", value, minimum=-1)
-    return window[0], window[1]
+    # No sequence is as long: past this a bound binds nothing, and kernels add positions to it in 32 bits.
+    left, right = (-1 if value >= 2**30 else value for value in window)
+    return left, right

@@ -13,7 +13,7 @@ from torch import Tensor
 from lrc_kernels.attention import reference
 from lrc_kernels.attention.arguments import check_like, check_pack
 from lrc_kernels.attention.op import accumulate_op, merge_op
-from lrc_kernels.checks import check_int, check_tensor
+from lrc_kernels.checks import check_device, check_int, check_tensor
 from lrc_kernels.layout import VarlenLayout
 
 STATE_DTYPES = (torch.float32, torch.float64)
@@ -140,6 +140,9 @@ class AttentionState:
         )
         if q.shape != self.acc.shape:
             raise ValueError(f"q must have the state's shape {list(self.acc.shape)}, got {list(q.shape)}")
+        check_device("q", q, self.acc)
+        for name, value in (("m", self.m), ("l", self.l)):
+            check_like(name, value, torch.Size((q.shape[1], q.shape[0])), (self.acc.dtype,), self.acc)
         if reference.accumulation_dtype(q) != self.acc.dtype:
             raise TypeError(f"q must accumulate in the state's dtype ({self.acc.dtype}), got {q.dtype}")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrc_kernels.attention import varlen_attention
+from lrc_kernels.checks import check_int
 from lrc_kernels.layout import VarlenLayout
 
 # Arguments that change the result of attention and that it does not know. None or False means that they are not used.
@@ -115,9 +116,11 @@ def attention_forward(
         ValueError: see `register_attention`.
     """
     _check_supported(dropout, attention_mask, key, kwargs)
+    if sliding_window is not None:
+        check_int("sliding_window", sliding_window, minimum=1)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {
-        "causal": bool(causal) and getattr(getattr(module, "config", None), "is_causal", True),
+        "causal": bool(causal) and getattr(getattr(module, "config", None), "is_causal", None) is not False,
         "softmax_scale": scaling,
         "window": None if sliding_window is None else (sliding_window - 1, sliding_window - 1),
     }

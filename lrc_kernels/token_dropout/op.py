@@ -321,6 +321,8 @@ def _select_bernoulli(
         raise ValueError(f'keep must be a probability in (0, 1] as a float for mode "bernoulli", got {keep!r}')
     if capacity is not None:
         check_int("capacity", capacity, minimum=0)
+        if capacity >= 2**31:
+            raise ValueError(f"capacity must be below 2^31 rows, got {capacity}")
         if values_are_checked(droppable) and capacity < (fixed := int((~droppable).sum())):
             raise ValueError(f"capacity must hold the {fixed} tokens that are not droppable, got {capacity}")
     rows = layout.num_tokens if capacity is None else capacity
@@ -354,7 +356,11 @@ def _resolve_budget(
         raise ValueError(f"budget already fixes what is kept, got keep={keep!r} besides it")
     if not isinstance(budget, DropBudget):
         raise TypeError(f"budget must be a DropBudget, got {type(budget).__name__}")
-    if budget.layout_in.num_sequences != layout.num_sequences or budget.layout_in.num_tokens != layout.num_tokens:
+    made_for = budget.layout_in
+    same = made_for.num_sequences == layout.num_sequences and made_for.num_tokens == layout.num_tokens
+    if same and not torch.compiler.is_compiling() and made_for.is_on_host and layout.is_on_host:
+        same = made_for == layout
+    if not same:
         raise ValueError(f"budget must be made for {layout}, got one for {budget.layout_in}")
     if layer != 0 and budget.layer not in (0, layer):
         raise ValueError(f"layer must be the budget's {budget.layer} (or left out), got {layer}")

@@ -94,6 +94,8 @@ def drop_budget(
         raise TypeError(f"layout must be a VarlenLayout, got {type(layout).__name__}")
     check_choice("positions", positions, POSITIONS)
     check_int("layer", layer, minimum=0)
+    if layer >= 2**32:
+        raise ValueError(f"layer must be below 2^32, got {layer}")
     lengths = layout.lengths
     droppable = [num_droppable] * len(lengths) if isinstance(num_droppable, int) else num_droppable
     droppable = _counts("num_droppable", droppable, lengths, "rows")

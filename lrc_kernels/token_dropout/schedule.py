@@ -254,6 +254,13 @@ def drop_position_ids(position_ids: Tensor, selection: Selection, positions: str
         ValueError: an unknown policy; "renumber" for [3, T], where height and width have no next number.
     """
     check_choice("positions", positions, POSITIONS)
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection must be a Selection, got {type(selection).__name__}")
+    integers = (torch.int64, torch.int32)
+    check_tensor("position_ids", position_ids, dims=(1, 2), dtypes=integers, like=selection.indices)
+    if position_ids.shape[-1] != selection.inverse.shape[0]:
+        rows = selection.inverse.shape[0]
+        raise ValueError(f"position_ids must have {rows} rows in its last dimension, got {list(position_ids.shape)}")
     if positions == "keep":
         return position_ids.index_select(position_ids.dim() - 1, selection.indices.clamp(min=0).long())
     if position_ids.dim() != 1:

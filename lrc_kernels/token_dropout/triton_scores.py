@@ -143,7 +143,7 @@ def attention_scores_fwd_partial_kernel(
     row_start, row_end = tl.load(cu_rows_ptr + i_s), tl.load(cu_rows_ptr + i_s + 1)
     start = tl.load(cu_ptr + i_s)
     length = tl.load(cu_ptr + i_s + 1) - start
-    end = tl.minimum(length, _last_position(order_ptr, position_ptr, row_start, row_end) + 1)
+    end = tl.minimum(length - 1, _last_position(order_ptr, position_ptr, row_start, row_end)) + 1
     if i_block * BLOCK_N < end:
         o_n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < end
@@ -176,7 +176,7 @@ def attention_scores_fwd_merge_kernel(
     i_s = tl.load(row_sequence_ptr + i_r)
     if i_s >= 0:
         length = tl.load(cu_ptr + i_s + 1) - tl.load(cu_ptr + i_s)
-        end = tl.minimum(length, tl.load(position_ptr + i_r) + 1)
+        end = tl.minimum(length - 1, tl.load(position_ptr + i_r)) + 1
         blocks = tl.cdiv(end, BLOCK_N)
         vector = i_r.to(tl.int64) * HQ + i_h
         largest = tl.full([], -INFINITY, tl.float32)
@@ -207,7 +207,7 @@ def attention_scores_fwd_reduce_kernel(
     if row_start < row_end:
         start = tl.load(cu_ptr + i_s)
         row = tl.load(order_ptr + row_start)
-        end = tl.minimum(tl.load(cu_ptr + i_s + 1) - start, tl.load(position_ptr + row) + 1)
+        end = tl.minimum(tl.load(cu_ptr + i_s + 1) - start - 1, tl.load(position_ptr + row)) + 1
         o_n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < end
         acc = tl.zeros([BLOCK_N], tl.float32)
@@ -242,7 +242,7 @@ def attention_scores_fwd_apply_kernel(
     row_start, row_end = tl.load(cu_rows_ptr + i_s), tl.load(cu_rows_ptr + i_s + 1)
     start = tl.load(cu_ptr + i_s)
     length = tl.load(cu_ptr + i_s + 1) - start
-    end = tl.minimum(length, _last_position(order_ptr, position_ptr, row_start, row_end) + 1)
+    end = tl.minimum(length - 1, _last_position(order_ptr, position_ptr, row_start, row_end)) + 1
     if i_block * BLOCK_N < end:
         o_n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < end

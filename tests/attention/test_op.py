@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public attention functions as PyTorch sees them: gradients, opcheck, compile, autocast, checkpoint, bad input."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -329,3 +331,26 @@ def test_bad_input(case):
     with record() as ran, pytest.raises(error, match=message):
         call()
     assert ran == []
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.triton)])
+def test_a_bound_longer_than_any_sequence_is_none(make_problem, backend):
+    problem = make_problem("self", head_dim=16)
+    with use_backend(backend):
+        wanted = varlen_attention(problem.q, problem.k, problem.v, **{**problem.options, "causal": False})
+        for far in (2**31 - 1, 2**31 - 20, 2**70):
+            options = {**problem.options, "causal": False, "window": (far, far)}
+            assert torch.equal(varlen_attention(problem.q, problem.k, problem.v, **options), wanted)
+
+
+def test_a_state_of_other_sizes_or_devices_is_refused(make_problem):
+    problem = make_problem("one")
+    state = AttentionState.zeros(33, 4, 8)
+    with pytest.raises(ValueError, match="q must be on cpu"):
+        state.accumulate(
+            *(x.to("meta") for x in (problem.q, problem.k, problem.v)), cu_seqlens_q=VarlenLayout([33], "meta")
+        )
+    with pytest.raises(ValueError, match="m must have shape \\[4, 33\\]"):
+        dataclasses.replace(state, m=state.m[:, :3]).accumulate(
+            problem.q, problem.k, problem.v, cu_seqlens_q=VarlenLayout([33])
+        )

@@ -149,3 +149,7 @@ def test_position_ids_after_a_drop():
     assert torch.equal(drop_position_ids(three, selection, "keep"), three[:, selection.indices.long()])
     with pytest.raises(ValueError, match="positions must be 'keep'"):
         drop_position_ids(three, selection, "renumber")
+    with pytest.raises(ValueError, match="position_ids must have 8 rows in its last dimension"):
+        drop_position_ids(torch.arange(99), selection, "keep")
+    with pytest.raises(TypeError, match="position_ids must be one of int64, int32"):
+        drop_position_ids(position_ids.float(), selection, "keep")

@@ -285,3 +285,14 @@ def test_bad_call(case):
     with record() as ran, pytest.raises(error, match=message):
         call()
     assert not ran
+
+
+def test_a_budget_for_other_lengths_of_the_same_sum_is_refused():
+    budget = drop_budget(VarlenLayout([3, 5]), [2, 2], keep=[1, 1])
+    droppable = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0]).bool()
+    with pytest.raises(ValueError, match="budget must be made for"):
+        select_tokens(VarlenLayout([4, 4]), droppable, budget, mode="linspace")
+    with pytest.raises(ValueError, match="layer must be below 2\\^32"):
+        drop_budget(VarlenLayout([3]), [2], keep=1, layer=2**32)
+    with pytest.raises(ValueError, match="capacity must be below 2\\^31"):
+        select_tokens(VarlenLayout([8]), droppable, keep=0.5, mode="bernoulli", capacity=2**31)
