@@ -17,6 +17,8 @@ from lrc_kernels.attention.vendors import rows_contiguous
 
 # Rows of queries that share one additive mask, and its elements, so that it stays small however long the keys are.
 TILE_ROWS, TILE_ELEMENTS = 256, 2**18
+# Rows that are computed anew together.
+SETTLED_ROWS = 64
 
 
 class _Tile(NamedTuple):
@@ -70,14 +72,26 @@ def _bhsd(x: Tensor) -> Tensor:
     return rows_contiguous(x)[0].transpose(0, 1)[None]
 
 
-def _sees_nonfinite(tile: _Tile, q: Tensor, k: Tensor) -> Tensor:
-    """bool [Hq, rows]: a query that, or one of whose visible keys, is not finite."""
-    rows, keys = q.shape[0], k.shape[0]
-    seen = torch.ones(rows, keys, dtype=torch.bool).tril() if tile.causal else torch.ones(rows, keys, dtype=torch.bool)
-    if tile.mask is not None:
-        seen = tile.mask > -torch.inf
-    bad_keys = (~k.isfinite()).any(-1).T.repeat_interleave(q.shape[1] // k.shape[1], 0)
-    return (~q.isfinite()).any(-1).T | (seen & bad_keys[:, None]).any(-1)
+def _settle(tile: _Tile, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Compute the rows anew, in place, whose lse the kernel gives as 0 or NaN: that may be a logit of 0, but it is also
+    what it makes of rows whose logits are all -inf or NaN. A few rows of a head at a time: no [rows, keys] is held."""
+    suspect = (lse == 0) | lse.isnan()
+    column, ratio = torch.arange(k.shape[0]), q.shape[1] // k.shape[1]
+    for head in suspect.any(1).nonzero()[:, 0].tolist():
+        keys, values = (x[:, head // ratio].to(lse.dtype) for x in (k, v))
+        for rows in suspect[head].nonzero()[:, 0].split(SETTLED_ROWS):
+            logits = q[rows, head].to(lse.dtype) @ keys.T * scale
+            if tile.mask is not None:
+                logits = torch.where(tile.mask[rows] == -torch.inf, -torch.inf, logits + tile.mask[rows])
+            if tile.causal:
+                logits = logits.masked_fill(column > rows[:, None], -torch.inf)
+            largest = logits.amax(1)
+            wrong = lse[head, rows].isnan() | largest.isnan() | (largest == -torch.inf)
+            empty = (largest == -torch.inf)[:, None]
+            weights = logits.masked_fill(empty, 0).softmax(1)
+            anew = torch.where(empty, 0.0, weights @ values).to(out.dtype)
+            out[rows, head] = torch.where(wrong[:, None], anew, out[rows, head])
+            lse[head, rows] = torch.where(wrong, logits.logsumexp(1), lse[head, rows])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *pack: Any) -> tuple[Tensor, Tensor]:
@@ -89,14 +103,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *pack: Any) -> tuple[Tensor, Tensor
             *(_bhsd(q_tile), _bhsd(k_tile), _bhsd(v_tile), 0.0, tile.causal), attn_mask=tile.mask, scale=pack[6]
         )
         out_tile, lse_tile = result[0][0].transpose(0, 1), result[1][0]
-        suspect = lse_tile == 0
-        if tile.mask is not None:
-            empty = (tile.mask == -torch.inf).all(-1)
-            lse_tile, suspect = lse_tile.masked_fill(empty, -torch.inf), suspect & ~empty
-        if bool(suspect.any()):
-            spoiled = suspect & _sees_nonfinite(tile, q_tile, k_tile)
-            lse_tile = lse_tile.masked_fill(spoiled, torch.nan)
-            out_tile = out_tile.masked_fill(spoiled.T[..., None], torch.nan)
+        _settle(tile, q_tile, k_tile, v_tile, pack[6], out_tile, lse_tile)
         if tile.joins:
             # `merge_partials` takes a NaN lse for a block without keys; here every block has some.
             spoiled = lse[:, tile.rows].isnan() | lse_tile.isnan()

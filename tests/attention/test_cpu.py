@@ -184,3 +184,29 @@ def test_declines_what_it_cannot_do(make_problem):
     with record() as ran:
         varlen_attention_backward(*arguments, **problem.options, dlse=lse)
     assert ran == [("attention_bwd", "reference")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_logits_that_overflow_are_those_of_the_specification(make_problem, dtype):
+    """All logits -inf is a row without keys; -inf beside finite ones counts as nothing."""
+    problem = make_problem("self", dtype, head_dim=16)
+    large = 1e25 if dtype == torch.float32 else 1e200
+    q, k = torch.full_like(problem.q, large), torch.full_like(problem.k, -large)
+    k[4] = 0
+    out, lse, *_ = run(problem, q=q, k=k)
+    with use_backend("reference"):
+        wanted, wanted_lse = varlen_attention_forward(q, k, problem.v, **problem.options)
+    assert (wanted_lse == -torch.inf).any() and (wanted_lse == 0).any()
+    assert torch.equal(lse, wanted_lse) and torch.equal(out, wanted)
+
+
+@pytest.mark.no_poison
+def test_a_zero_row_needs_no_square_of_the_length():
+    length = 4096
+    q, k = torch.randn(length, 8, 16), torch.randn(length, 8, 16)
+    q[0] = 0
+    layout = VarlenLayout([length])
+    with use_backend("cpu"), torch.profiler.profile(profile_memory=True) as profile:
+        varlen_attention_forward(q, k, k, cu_seqlens_q=layout)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= 2 * q.numel() * q.element_size()
