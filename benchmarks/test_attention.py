@@ -9,6 +9,7 @@ Bytes are the fewest that the task needs: each input read and each output writte
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -90,10 +91,41 @@ class Case:
             gradients.append((ds[:, None] @ k_hjk)[:, 0] * scale)
         return torch.stack(outs), torch.stack(gradients)
 
+    def exact_keys(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """dk and dv of the last keys of each document, which few rows see, in `dtype` throughout: [keys, Hkv, K]."""
+        q, k, v, dout = (x.detach() for x in self.make(0))
+        ratio, scale = self.heads // self.kv_heads, self.head_dim**-0.5
+        results: list[tuple[Tensor, Tensor]] = []
+        for first, rows in self.last_keys():
+            dk, dv = (torch.zeros(len(rows), self.heads, self.head_dim, dtype=dtype, device=q.device) for _ in range(2))
+            for row in rows:
+                q_hk, dout_hk = q[row].to(dtype), dout[row].to(dtype)
+                k_hjk, v_hjk = (
+                    x[first : row + 1].to(dtype).transpose(0, 1).repeat_interleave(ratio, 0) for x in (k, v)
+                )
+                p = ((k_hjk @ q_hk[..., None])[..., 0] * scale).softmax(-1)
+                dp = (v_hjk @ dout_hk[..., None])[..., 0]
+                ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+                seen = row + 1 - rows[0]
+                dv[:seen] += p[:, -seen:].T[..., None] * dout_hk
+                dk[:seen] += ds[:, -seen:].T[..., None] * q_hk * scale
+            results.append(tuple(x.unflatten(1, (self.kv_heads, ratio)).sum(2) for x in (dk, dv)))  # type: ignore
+        dks, dvs = zip(*results, strict=True)
+        return torch.cat(dks), torch.cat(dvs)
+
+    def last_keys(self) -> list[tuple[int, list[int]]]:
+        """(first row, last rows) of documents at both ends of the pack."""
+        ends = self.layout.cu_seqlens.tolist()
+        documents = [(a, list(range(max(a, b - 6), b))) for a, b in pairwise(ends) if b > a]
+        return documents[:2] + documents[2:][-2:]
+
     def check(self, backward: bool) -> Callable[[Any], None]:
         """out and dq row by row against fp64; dk and dv by what every row gives them in sum."""
         exact, same_dtype = self.exact(torch.float64), self.exact(DTYPE)
         rows = [row for row, _ in self.sample()]
+        keys = [row for _, last in self.last_keys() for row in last]
+        if backward:
+            exact_keys, same_keys = self.exact_keys(torch.float64), self.exact_keys(DTYPE)
 
         def check(result: Any) -> None:
             out, *gradients = result if backward else (result,)
@@ -102,6 +134,8 @@ class Case:
                 return
             dq, dk, dv = gradients
             assert_close(dq[rows], exact[1], same_dtype[1], name="dq")
+            for name, got, wanted, same in zip(("dk", "dv"), (dk, dv), exact_keys, same_keys, strict=True):
+                assert_close(got[keys], wanted, same, name=name)
             q, k, _, dout = (x.detach() for x in self.make(0))
             # Each row of P sums to 1, so dv sums to dout over all rows; sum(q dq) and sum(k dk) are both sum(dS S).
             total, wanted = dv.double().sum((0, 1)), dout.double().sum((0, 1))
