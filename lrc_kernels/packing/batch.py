@@ -191,6 +191,16 @@ class PackedBatch:
         for index, (expected, found) in enumerate(zip(self.num_droppable, counts, strict=True)):
             if expected != found:
                 raise ValueError(f"num_droppable[{index}] must be the droppable tokens ({found}), got {expected}")
+        self._validate_visual()
+
+    def _validate_visual(self) -> None:
+        total = self.layout.num_tokens
+        index = self.visual_index
+        ascends = bool((index.diff() > 0).all()) and (not len(index) or 0 <= int(index[0]) <= int(index[-1]) < total)
+        if index.dtype != torch.int64 or not ascends:
+            raise ValueError(
+                f"visual_index must be int64, ascending and within the {total} rows, got {index.tolist()[:8]}"
+            )
         wanted = torch.zeros_like(self.droppable)
         wanted[self.visual_index] = True
         wanted &= self.targets == IGNORE_INDEX

@@ -75,6 +75,12 @@ def test_moving_keeps_everything():
             {"visual_index": torch.arange(5)},
             "droppable\\[0\\] must be True \\(True: visual and predicts nothing\\), got False",
         ),
+        (
+            {"visual_index": torch.tensor([3, 2, 12, 13, 17])},
+            "visual_index must be int64, ascending and within the 18 rows",
+        ),
+        ({"visual_index": torch.tensor([2, 3, 12, 13, 18])}, "visual_index must be int64, ascending"),
+        ({"visual_index": torch.tensor([-1, 3, 12, 13, 17])}, "visual_index must be int64, ascending"),
         ({"num_targets": 5}, "num_targets must be 6, the rows with a target, got 5"),
         ({"loss_weight": torch.full((18,), 0.1)}, "loss_weight\\[0\\] must be 0 where there is no target"),
         ({"loss_weight": torch.full((18,), torch.nan)}, "loss_weight\\[0\\] must be 0 where"),
