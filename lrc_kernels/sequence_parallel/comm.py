@@ -4,15 +4,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+if TYPE_CHECKING:
+    from lrc_kernels.sequence_parallel.plan import SequencePlan
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,14 +86,47 @@ class TorchRanks:
     the default process group. On NCCL its watchdog ends the process; the step under way is logged at level DEBUG.
     """
 
+    _numbers = itertools.count()
+    _by_number: weakref.WeakValueDictionary[int, TorchRanks] = weakref.WeakValueDictionary()
+
     def __init__(self, groups: dict[str, distributed.ProcessGroup], device: torch.device):
         self.groups = groups
+        self.number = next(self._numbers)
+        self._by_number[self.number] = self
         self.ranks = {axis: distributed.get_process_group_ranks(group) for axis, group in groups.items()}
         self.rank = distributed.get_rank()
         self.bytes_sent = 0
         self._runs = 0
         self._timeout = _default_timeout(device)
         self._report = min(self._timeout * REPORT_SHARE, REPORT_SECONDS)
+
+    @classmethod
+    def of(cls, number: int) -> TorchRanks:
+        """The one of that `number`, as ops of torch.library name it.
+
+        Raises:
+            RuntimeError: its mesh is gone.
+        """
+        ranks = cls._by_number.get(number)
+        if ranks is None:
+            raise RuntimeError("the mesh that a compiled graph was made for must be alive, got one that is gone")
+        return ranks
+
+    def place(self, plan: SequencePlan) -> tuple[int, int]:
+        """(ring rank, ulysses rank) of this process.
+
+        Raises:
+            ValueError: a mesh whose degrees are not those of the plan.
+        """
+        here = []
+        for axis, degree in (("ring", plan.ring), ("ulysses", plan.ulysses)):
+            ranks = self.ranks.get(axis, [self.rank])
+            if len(ranks) != degree:
+                raise ValueError(
+                    f"mesh must have {degree} ranks in dimension {axis!r}, as the plan has, got {len(ranks)}"
+                )
+            here.append(ranks.index(self.rank))
+        return here[0], here[1]
 
     def run(self, what: str, schedule: Schedule[T]) -> T:
         """The schedule's result; `what` names it in errors.

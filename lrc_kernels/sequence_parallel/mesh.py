@@ -53,13 +53,7 @@ def place(plan: SequencePlan, mesh: DeviceMesh) -> tuple[int, int]:
     Raises:
         ValueError: a mesh whose degrees are not those of the plan.
     """
-    here = []
-    for name, degree in (("ring", plan.ring), ("ulysses", plan.ulysses)):
-        size = mesh[name].size() if name in (mesh.mesh_dim_names or ()) else 1
-        if size != degree:
-            raise ValueError(f"mesh must have {degree} ranks in dimension {name!r}, as the plan has, got {size}")
-        here.append(mesh.get_local_rank(name) if size > 1 else 0)
-    return here[0], here[1]
+    return ranks_of(mesh).place(plan)
 
 
 def ranks_of(mesh: DeviceMesh) -> TorchRanks:

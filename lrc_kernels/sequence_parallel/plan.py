@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +107,21 @@ class SequencePlan:
     shards: Shards
     # What is worked out once per rank; plans that differ in their transport only share it.
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    # int64, on the host: the plan as ops of torch.library take it, see `encoding.py`. It holds all that is executed.
+    encoded: Tensor = field(init=False, repr=False)
+    kind: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        runs = [(len(held), *(x for run in held for x in (run.start, run.stop, run.step))) for held in self.shards]
+        numbers = (
+            self.kind,
+            *(self.ring, self.ulysses, self.num_heads, self.num_kv_heads, self.head_dim),
+            *(TRANSPORTS.index(self.transport), self.causal),
+            *(self.layout.num_sequences, *self.layout.lengths),
+            *(x for shard in runs for x in shard),
+        )
+        object.__setattr__(self, "encoded", torch.tensor(numbers, dtype=torch.int64))
+        torch._dynamo.maybe_mark_dynamic(self.encoded, 0)
 
     @cached_property
     def documents(self) -> Documents:
@@ -257,7 +272,7 @@ class SequencePlan:
         if peer == rank:
             rectangles = [(rows, rows) for rows in self._local_documents(rank)]
             if rectangles:
-                yield _call(rectangles, self.causal, device)
+                yield make_call(rectangles, self.causal, device)
             return
         if peer is None:
             runs = sorted(
@@ -267,7 +282,7 @@ class SequencePlan:
         else:
             runs = list(self.shards[peer])
         for rectangles in self._rounds(rank, runs):
-            yield _call(rectangles, False, device)
+            yield make_call(rectangles, False, device)
 
     def _make_exchange(self, rank: int, device: torch.device) -> Exchange:
         peers = range(self.ring)
@@ -346,7 +361,8 @@ def plan_sequence(
     return plans[0] if len(plans) == 1 else min(plans, key=cost.predicted_time)
 
 
-def _call(rectangles: list[tuple[range, range]], causal: bool, device: torch.device) -> Call:
+def make_call(rectangles: list[tuple[range, range]], causal: bool, device: torch.device) -> Call:
+    """One call that computes rectangles (query rows, key rows), disjoint and ascending both ways."""
     q_lengths: list[int] = []
     k_lengths: list[int] = []
     q_at, k_at = (side.start for side in rectangles[0])
@@ -371,7 +387,7 @@ def _call(rectangles: list[tuple[range, range]], causal: bool, device: torch.dev
 
 
 def _rows_of(runs: Iterable[range]) -> Tensor:
-    parts = [torch.arange(run.start, run.stop) for run in runs]
+    parts = [torch.arange(run.start, run.stop, run.step) for run in runs]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 

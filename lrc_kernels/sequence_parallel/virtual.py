@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc_kernels.sequence_parallel.attention_2d import (
-    backward,
-    enter_heads,
-    forward,
-    leave_heads,
-    refuse_second_order,
-)
-from lrc_kernels.sequence_parallel.blocks import Saved, Task, accumulation_dtype
+from lrc_kernels.sequence_parallel.attention_2d import backward, forward, refuse_second_order
+from lrc_kernels.sequence_parallel.blocks import Task, accumulation_dtype
 from lrc_kernels.sequence_parallel.comm import Schedule, VirtualRanks
 from lrc_kernels.sequence_parallel.plan import SequencePlan
 from lrc_kernels.sequence_parallel.shard import take_rows
@@ -83,11 +77,10 @@ class _VirtualAttention(torch.autograd.Function):
 
         def make(*here: int) -> Schedule[Any]:
             at = here[0], here[1]
-            (q, k, v, out, lse), key_bias = ctx.states[places.index(at)]
-            rows = plan.local_rows(at[0])
-            dout_local = q.new_zeros(rows, plan.num_heads, plan.head_dim) if dout is None else take_rows(dout, plan, at)
+            kept, key_bias = ctx.states[places.index(at)]
+            dout_local = None if dout is None else take_rows(dout, plan, at)
             dlse_local = None if dlse is None else take_rows(dlse, plan, at, 1)
-            return backward(tasks[at], Saved(q, dout_local, out, lse, dlse_local), k, v, key_bias)
+            return backward(tasks[at], kept, dout_local, dlse_local, key_bias)
 
         results = ctx.ranks.run(make)
         sizes = [(plan.layout.num_tokens, heads, plan.head_dim) for heads in (plan.num_heads, *[plan.num_kv_heads] * 2)]
@@ -99,10 +92,8 @@ class _VirtualAttention(torch.autograd.Function):
 
 
 def _forward(task: Task, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Schedule[Any]:
-    q, k, v = yield from enter_heads(task, q, k, v)
-    out, lse = yield from forward(task, q, k, v, key_bias)
-    local_out, local_lse = yield from leave_heads(task, out, lse, True)
-    return local_out, local_lse, ((q, k, v, out, lse), key_bias)
+    out, lse, exchanged = yield from forward(task, q, k, v, key_bias, True)
+    return out, lse, (exchanged or (q, k, v, out, lse), key_bias)
 
 
 def _assemble(whole: Tensor, plan: SequencePlan, parts: list[Tensor]) -> Tensor:
