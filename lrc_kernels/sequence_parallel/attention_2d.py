@@ -54,7 +54,7 @@ def forward(
 def backward(
     task: Task, kept: Sequence[Tensor], dout: Tensor | None, dlse: Tensor | None, key_bias: Tensor | None
 ) -> Schedule[tuple[Tensor, Tensor, Tensor]]:
-    """dq, dk, dv of this rank's rows. `kept`: q, k, v, out, lse, or the exchanged heads where `forward` returns them."""
+    """dq, dk, dv of this rank's rows. `kept`: q, k, v, out, lse, or the exchanged heads where `forward` gives them."""
     plan, dtype = task.plan, kept[0].dtype
     if dout is None:
         dout = kept[0].new_zeros(plan.local_rows(task.ring_rank), plan.num_heads, plan.head_dim)
@@ -130,7 +130,11 @@ def _fake_forward(
     wide = accumulation_dtype(q.dtype)
     out = q.new_empty(q.shape)
     if ulysses == 1:
-        return out, q.new_empty(num_heads, rows, dtype=wide), *(q.new_empty(0, dtype=x) for x in (q.dtype, q.dtype, wide))
+        return (
+            out,
+            q.new_empty(num_heads, rows, dtype=wide),
+            *(q.new_empty(0, dtype=x) for x in (q.dtype, q.dtype, wide)),
+        )
     heads = head_layout(num_heads, k.shape[1], ulysses)
     return (
         out,

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -87,7 +87,7 @@ class TorchRanks:
     """
 
     _numbers = itertools.count()
-    _by_number: weakref.WeakValueDictionary[int, TorchRanks] = weakref.WeakValueDictionary()
+    _by_number: ClassVar[weakref.WeakValueDictionary[int, TorchRanks]] = weakref.WeakValueDictionary()
 
     def __init__(self, groups: dict[str, distributed.ProcessGroup], device: torch.device):
         self.groups = groups

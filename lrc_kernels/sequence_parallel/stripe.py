@@ -67,6 +67,4 @@ def stripe_sequence(
             raise ValueError(f"document {index} must have a number of rows that {ring} ranks divide, got {length}")
         starts.append(starts[-1] + length)
     shards = tuple(tuple(range(a + r, b, ring) for a, b in pairwise(starts) if b > a) for r in range(ring))
-    return StripePlan(
-        layout, ring, ulysses, num_heads, num_kv_heads, head_dim, "stripe", "ring", causal, shards
-    )
+    return StripePlan(layout, ring, ulysses, num_heads, num_kv_heads, head_dim, "stripe", "ring", causal, shards)

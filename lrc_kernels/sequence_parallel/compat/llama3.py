@@ -46,6 +46,7 @@ def prepare_cu_seqlens(
     )
 
 
+@torch.compiler.disable
 def attend(q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, seen: slice, options: dict[str, Any]) -> Any:
     """out [T / R, Hq, K] and lse [Hq, T / R]; differentiable. `options` are those of `varlen_attention`."""
     return _Gathered.apply(q, k, v, mesh, seen, options)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ring-flash-attn's ring and zigzag functions, dense and varlen, with q, k, v apart or packed: this rank's rows in,
-this rank's rows out; and its llama3 functions. Its stripe functions have no counterpart here.
+"""ring-flash-attn's ring and zigzag functions, dense and varlen, and its stripe functions, dense, with q, k, v apart or
+packed: this rank's rows in, this rank's rows out; and its llama3 functions.
 
 `deterministic` is accepted and needs nothing: sums have a fixed order wherever the attention backend's do.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,7 +22,7 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 
 
 def dense(
-    zigzag: bool, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    cut: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
     causal: bool = False, window_size: tuple[int, int] = (-1, -1), alibi_slopes: Any = None,
     deterministic: bool = False, return_attn_probs: bool = False, group: Any = None,
 ) -> Result:  # fmt: skip
@@ -34,26 +35,26 @@ def dense(
     mesh, size = _mesh(group, q.device.type)
     batch, rows, heads = q.shape[:3]
     lengths = (rows * size,) * batch
-    out, lse = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lengths, mesh, (size, 1), zigzag=zigzag,
+    out, lse = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lengths, mesh, (size, 1), cut=cut,
                       causal=causal, softmax_scale=softmax_scale)  # fmt: skip
     out = out.view(q.shape)
     return (out, lse.view(heads, batch, rows).transpose(0, 1), None) if return_attn_probs else out
 
 
-def dense_kvpacked(zigzag: bool, q: Tensor, kv: Tensor, *options: Any, **named: Any) -> Result:
+def dense_kvpacked(cut: str, q: Tensor, kv: Tensor, *options: Any, **named: Any) -> Result:
     """kv [B, S / R, 2, H, K]."""
     k, v = kv.unbind(2)
-    return dense(zigzag, q, k, v, *options, **named)
+    return dense(cut, q, k, v, *options, **named)
 
 
-def dense_qkvpacked(zigzag: bool, qkv: Tensor, *options: Any, **named: Any) -> Result:
+def dense_qkvpacked(cut: str, qkv: Tensor, *options: Any, **named: Any) -> Result:
     """qkv [B, S / R, 3, H, K]."""
     q, k, v = qkv.unbind(2)
-    return dense(zigzag, q, k, v, *options, **named)
+    return dense(cut, q, k, v, *options, **named)
 
 
 def varlen(
-    zigzag: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0,
+    cut: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0,
     softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
     alibi_slopes: Any = None, deterministic: bool = False, return_attn_probs: bool = False, group: Any = None,
 ) -> Result:  # fmt: skip
@@ -66,20 +67,20 @@ def varlen(
     refuse(dropout_p, window_size, alibi_slopes)
     mesh, size = _mesh(group, q.device.type)
     lengths = tuple(length * size for length in cu_seqlens.diff().tolist())
-    out, lse = attend(q, k, v, lengths, mesh, (size, 1), zigzag=zigzag, causal=causal, softmax_scale=softmax_scale)
+    out, lse = attend(q, k, v, lengths, mesh, (size, 1), cut=cut, causal=causal, softmax_scale=softmax_scale)
     return (out, lse, None) if return_attn_probs else out
 
 
-def varlen_kvpacked(zigzag: bool, q: Tensor, kv: Tensor, *options: Any, **named: Any) -> Result:
+def varlen_kvpacked(cut: str, q: Tensor, kv: Tensor, *options: Any, **named: Any) -> Result:
     """kv [T / R, 2, H, K]."""
     k, v = kv.unbind(1)
-    return varlen(zigzag, q, k, v, *options, **named)
+    return varlen(cut, q, k, v, *options, **named)
 
 
-def varlen_qkvpacked(zigzag: bool, qkv: Tensor, *options: Any, **named: Any) -> Result:
+def varlen_qkvpacked(cut: str, qkv: Tensor, *options: Any, **named: Any) -> Result:
     """qkv [T / R, 3, H, K]."""
     q, k, v = qkv.unbind(1)
-    return varlen(zigzag, q, k, v, *options, **named)
+    return varlen(cut, q, k, v, *options, **named)
 
 
 def llama3(
@@ -118,20 +119,24 @@ llama3_flash_attn_prepare_cu_seqlens = prepare_cu_seqlens
 llama3_flash_attn_varlen_func = llama3
 llama3_flash_attn_varlen_kvpacked_func = llama3_kvpacked
 llama3_flash_attn_varlen_qkvpacked_func = llama3_qkvpacked
-ring_flash_attn_func = partial(dense, False)
-ring_flash_attn_kvpacked_func = partial(dense_kvpacked, False)
-ring_flash_attn_qkvpacked_func = partial(dense_qkvpacked, False)
-ring_flash_attn_varlen_func = partial(varlen, False)
-ring_flash_attn_varlen_kvpacked_func = partial(varlen_kvpacked, False)
-ring_flash_attn_varlen_qkvpacked_func = partial(varlen_qkvpacked, False)
-zigzag_ring_flash_attn_func = partial(dense, True)
-zigzag_ring_flash_attn_kvpacked_func = partial(dense_kvpacked, True)
-zigzag_ring_flash_attn_qkvpacked_func = partial(dense_qkvpacked, True)
-zigzag_ring_flash_attn_varlen_func = partial(varlen, True)
-zigzag_ring_flash_attn_varlen_kvpacked_func = partial(varlen_kvpacked, True)
-zigzag_ring_flash_attn_varlen_qkvpacked_func = partial(varlen_qkvpacked, True)
+ring_flash_attn_func = partial(dense, "contiguous")
+ring_flash_attn_kvpacked_func = partial(dense_kvpacked, "contiguous")
+ring_flash_attn_qkvpacked_func = partial(dense_qkvpacked, "contiguous")
+ring_flash_attn_varlen_func = partial(varlen, "contiguous")
+ring_flash_attn_varlen_kvpacked_func = partial(varlen_kvpacked, "contiguous")
+ring_flash_attn_varlen_qkvpacked_func = partial(varlen_qkvpacked, "contiguous")
+stripe_flash_attn_func = partial(dense, "stripe")
+stripe_flash_attn_kvpacked_func = partial(dense_kvpacked, "stripe")
+stripe_flash_attn_qkvpacked_func = partial(dense_qkvpacked, "stripe")
+zigzag_ring_flash_attn_func = partial(dense, "zigzag")
+zigzag_ring_flash_attn_kvpacked_func = partial(dense_kvpacked, "zigzag")
+zigzag_ring_flash_attn_qkvpacked_func = partial(dense_qkvpacked, "zigzag")
+zigzag_ring_flash_attn_varlen_func = partial(varlen, "zigzag")
+zigzag_ring_flash_attn_varlen_kvpacked_func = partial(varlen_kvpacked, "zigzag")
+zigzag_ring_flash_attn_varlen_qkvpacked_func = partial(varlen_qkvpacked, "zigzag")
 
 
+@torch.compiler.disable
 def _mesh(group: Any, device_type: str) -> tuple[DeviceMesh, int]:
     """The ring that `group` (None = all ranks) is, and its size."""
     mesh = _mesh_of(distributed.group.WORLD if group is None else group, device_type)
