@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class HeadLayout(NamedTuple):
@@ -49,6 +53,41 @@ def head_layout(num_heads: int, num_kv_heads: int, ulysses: int) -> HeadLayout:
             q.append(slice(0, 0))
             kv.append(slice(0, 0))
     return HeadLayout(tuple(q), tuple(kv), num_q, 1, copies > 1)
+
+
+class HeadTables(NamedTuple):
+    """Where the heads of several tensors lie in one message, int32.
+
+    Attributes:
+        scatter: [U, slots], the head in each slot of each rank, counted over all tensors; -1 for padding.
+        gather: [heads, copies], where each head lies, u * slots + s, in rank order; -1 where it has fewer copies.
+    """
+
+    scatter: Tensor
+    gather: Tensor
+
+
+@lru_cache(maxsize=64)
+def head_tables(
+    num_heads: int, num_kv_heads: int, ulysses: int, queries: int, keys: int, device: torch.device
+) -> HeadTables:
+    """The tables for a message of `queries` tensors with query heads, then `keys` tensors with KV heads."""
+    heads = head_layout(num_heads, num_kv_heads, ulysses)
+    tensors = [(heads.q, heads.num_q, num_heads)] * queries + [(heads.kv, heads.num_kv, num_kv_heads)] * keys
+    slots: list[list[int]] = [[] for _ in range(ulysses)]
+    first = 0
+    for slices, num_slots, count in tensors:
+        for held, part in zip(slots, slices, strict=True):
+            own = range(first + part.start, first + part.stop)
+            held += [*own, *[-1] * (num_slots - len(own))]
+        first += count
+    places: list[list[int]] = [[] for _ in range(first)]
+    for place, head in enumerate(head for held in slots for head in held):
+        if head >= 0:
+            places[head].append(place)
+    copies = max(map(len, places))
+    padded = [[*held, *[-1] * (copies - len(held))] for held in places]
+    return HeadTables(*(torch.tensor(table, dtype=torch.int32).to(device) for table in (slots, padded)))
 
 
 def _clip(start: int, length: int, end: int) -> slice:

@@ -5,7 +5,7 @@ causal triangles. Even for any pack, but every rank needs all keys, so that only
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import torch
@@ -42,10 +42,7 @@ class StripePlan(SequencePlan):
 
     def _triangles(self, rank: int, peer: int) -> list[tuple[range, range]]:
         """(query rows, key rows) of each document, of equal length, where any are seen."""
-        rows = self.layout.lengths
-        ends = [0]
-        for length in rows:
-            ends.append(ends[-1] + length // self.ring)
+        ends = [0, *accumulate(length // self.ring for length in self.layout.lengths)]
         late = int(self.causal and peer > rank)
         return [(range(a + late, b), range(a, b - late)) for a, b in pairwise(ends) if b - a > late]
 
@@ -61,10 +58,9 @@ def stripe_sequence(
 
     Source: Brandon et al. 2023 (Striped Attention).
     """
-    starts = [0]
     for index, length in enumerate(layout.lengths):
         if length % ring:
             raise ValueError(f"document {index} must have a number of rows that {ring} ranks divide, got {length}")
-        starts.append(starts[-1] + length)
+    starts = [0, *accumulate(layout.lengths)]
     shards = tuple(tuple(range(a + r, b, ring) for a, b in pairwise(starts) if b > a) for r in range(ring))
     return StripePlan(layout, ring, ulysses, num_heads, num_kv_heads, head_dim, "stripe", "ring", causal, shards)

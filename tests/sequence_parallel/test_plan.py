@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from lrc_kernels import VarlenLayout
 from lrc_kernels.sequence_parallel import Mask, plan_sequence
+from lrc_kernels.sequence_parallel.encoding import decode
 from lrc_kernels.sequence_parallel.heads import head_layout
+from lrc_kernels.sequence_parallel.stripe import stripe_sequence
 from lrc_kernels.testing.inputs import segment_lengths
 
 ARRANGEMENTS = ("contiguous", "zigzag", "zigzag_per_seq", "balanced")
@@ -60,7 +62,7 @@ def pairs_of_calls(plan, exchanged):
     index = [shard_index(plan, rank) for rank in range(plan.ring)]
     longest = max(plan.shard_rows)
     everything = torch.cat([torch.nn.functional.pad(rows, (0, longest - len(rows)), value=-1) for rows in index])
-    exchanges = [plan.exchange(rank, CPU) for rank in range(plan.ring)]
+    exchanges = [plan.exchange(rank, CPU) for rank in range(plan.ring)] if exchanged else []
     for rank in range(plan.ring):
         sources = {peer: index[peer] for peer in range(plan.ring)}
         if exchanged:
@@ -86,6 +88,41 @@ def test_every_allowed_pair_is_covered_exactly_once(arrangement, lengths, ring, 
     assert torch.equal(pairs_of_blocks(plan), allowed)
     assert torch.equal(pairs_of_calls(plan, exchanged=False), allowed)
     assert torch.equal(pairs_of_calls(plan, exchanged=True), allowed)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=segment_lengths(4, 12), ring=st.integers(1, 6), ulysses=st.integers(1, 3), causal=st.booleans())
+def test_stripes_cover_every_allowed_pair_exactly_once(rows, ring, ulysses, causal):
+    lengths = [n * ring for n in rows]
+    plan = stripe_sequence(VarlenLayout(lengths), ring=ring, ulysses=ulysses, causal=causal, **HEADS)
+    allowed = allowed_pairs(lengths, causal).long()
+    assert torch.equal(pairs_of_blocks(plan), allowed)
+    assert torch.equal(pairs_of_calls(plan, exchanged=False), allowed)
+    for rank in range(ring):
+        assert torch.equal(shard_index(plan, rank) % ring, torch.full((sum(rows),), rank))
+        assert sum(plan.areas(rank)) == int(allowed[shard_index(plan, rank)].sum())
+
+
+def test_stripes_refuse_what_they_cannot_do():
+    with pytest.raises(ValueError, match="document 1 must have a number of rows that 3 ranks divide, got 7"):
+        stripe_sequence(VarlenLayout([6, 7]), ring=3, **HEADS)
+    with pytest.raises(ValueError, match="must use the transport 'ring'"):
+        stripe_sequence(VarlenLayout([6]), ring=3, **HEADS).needs(0, 1)
+
+
+@pytest.mark.parametrize("arrangement", [*ARRANGEMENTS, "stripe"])
+def test_a_decoded_plan_executes_the_same(arrangement):
+    lengths = [36, 0, 120, 4, 60]
+    if arrangement == "stripe":
+        plan = stripe_sequence(VarlenLayout(lengths), ring=4, ulysses=2, causal=False, **HEADS)
+    else:
+        plan = plan_of(lengths, 4, ulysses=2, arrangement=arrangement, transport="gather", causal=False)
+    again = decode(plan.encoded)
+    assert again is decode(plan.encoded.clone()) and torch.equal(again.encoded, plan.encoded)
+    for name in ("ring", "ulysses", "num_heads", "num_kv_heads", "head_dim", "transport", "causal", "shards"):
+        assert getattr(again, name) == getattr(plan, name), name
+    assert again.layout.lengths == plan.layout.lengths and type(again) is type(plan)
+    assert [again.blocks(rank) for rank in range(4)] == [plan.blocks(rank) for rank in range(4)]
 
 
 @pytest.mark.parametrize("arrangement", [*ARRANGEMENTS, "auto"])
