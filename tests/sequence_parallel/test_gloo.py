@@ -11,12 +11,10 @@ import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lrc_kernels import VarlenLayout
 from lrc_kernels.attention import varlen_attention
 from lrc_kernels.sequence_parallel import (
-    CHECKPOINT_OPS,
     PeerError,
     make_mesh,
     plan_sequence,
@@ -127,49 +125,6 @@ def test_integers_other_dimensions_and_gradients_of_shards(rank_pools):
         wanted = [9 * i + j for i in range(3) for j in range(5)] if rank == 0 else padded
         assert [value for row in positions for value in row] == wanted
         assert flags == [i % 2 == 0 for i in range(9)] and equal
-
-
-def bytes_with_recompute(ring, ulysses):
-    mesh, plan = mesh_of(ring, ulysses), plan_sequence(VarlenLayout(LENGTHS), ring=ring, ulysses=ulysses, **HEADS)
-    *whole, dout = pack()
-    policy = lambda: create_selective_checkpoint_contexts(list(CHECKPOINT_OPS))  # noqa: E731
-
-    def layer(q, k, v):
-        return sequence_parallel_attention(q, k, v, plan, mesh).sin()
-
-    sent, gradients = [], []
-    for run in (layer, lambda *x: checkpoint(layer, *x, use_reentrant=False, context_fn=policy)):
-        local = [shard(x, plan, mesh).requires_grad_() for x in whole]
-        before = ranks_of(mesh).bytes_sent
-        run(*local).backward(shard(dout, plan, mesh))
-        sent.append(ranks_of(mesh).bytes_sent - before)
-        gradients.append([x.grad for x in local])
-    return sent, all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (1, 2)])
-def test_activation_recompute_repeats_no_communication(rank_pools, ring, ulysses):
-    for (plain, checkpointed), equal in rank_pools(4).run(bytes_with_recompute, ring, ulysses):
-        assert plain == checkpointed > 0 and equal
-
-
-def compiled_and_eager():
-    mesh, plan = mesh_of(2, 2), plan_sequence(VarlenLayout(LENGTHS), ring=2, ulysses=2, **HEADS)
-
-    def layer(q, k, v):
-        return sequence_parallel_attention(q * 2, k + 1, v, plan, mesh).sin()
-
-    *whole, dout = pack()
-    gradients = []
-    for run in (layer, torch.compile(layer, backend="eager")):
-        local = [shard(x, plan, mesh).requires_grad_() for x in whole]
-        run(*local).backward(shard(dout, plan, mesh))
-        gradients.append([x.grad for x in local])
-    return all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
-
-
-def test_a_compiled_layer_breaks_its_graph_and_is_right(rank_pools):
-    assert all(rank_pools(4).run(compiled_and_eager))
 
 
 def equal_meshes():
