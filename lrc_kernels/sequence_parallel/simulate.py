@@ -246,9 +246,9 @@ def print_anchors() -> None:
         print(f"{anchor.name:<24} {direction:<8} {cells}  worst {worst:>4.0%}, {_verdict(worst, anchor.within)}")
     print("\nPublished iterations/s on 8 GPUs, forward and forward + backward | model")
     for other in THROUGHPUTS:
-        model = throughput(other)
-        worst = max(abs(x / y - 1) for x, y in zip(model, other.published, strict=True))
-        cells = "  ".join(f"{y:>5.1f}|{x:<5.1f}" for x, y in zip(model, other.published, strict=True))
+        pairs = list(zip(other.published, throughput(other), strict=True))
+        worst = max(abs(y / x - 1) for x, y in pairs)
+        cells = "  ".join(f"{x:>5.1f}|{y:<5.1f}" for x, y in pairs)
         print(f"{other.name:<38} {cells:<24} worst {worst:>4.0%}, {_verdict(worst, other.within)}")
 
 

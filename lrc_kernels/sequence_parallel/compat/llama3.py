@@ -18,6 +18,7 @@ from lrc_kernels.sequence_parallel.comm import AllGather, AllToAll, Schedule
 from lrc_kernels.sequence_parallel.mesh import ranks_of
 
 
+@torch.compiler.disable
 def prepare_cu_seqlens(
     cu_seqlens: Tensor, causal: bool, rank: int, world_size: int
 ) -> tuple[Tensor, Tensor, int, int, slice]:

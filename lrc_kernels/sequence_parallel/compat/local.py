@@ -57,15 +57,16 @@ def _plan(
     for index, length in enumerate(lengths):
         if length % cuts or length % (ring * ulysses):
             raise ValueError(f"sequence {index} must have a number of rows that {cuts} cuts divide, got {length}")
-    layout, heads = VarlenLayout(lengths), {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    layout = VarlenLayout(lengths)
     if cut == "stripe":
-        return stripe_sequence(layout, ring=ring, ulysses=ulysses, causal=causal, **heads)
+        return stripe_sequence(layout, ring=ring, ulysses=ulysses, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                               head_dim=head_dim, causal=causal)  # fmt: skip
     documents = Documents(lengths, causal)
     if cut == "zigzag":
         name, shards = "zigzag_per_seq", ARRANGEMENTS["zigzag_per_seq"](documents, ring, None)
     else:
         name, shards = "contiguous_per_seq", _contiguous_per_seq(documents, ring)
-    return SequencePlan(layout, ring, ulysses, *heads.values(), name, "ring", causal, shards)
+    return SequencePlan(layout, ring, ulysses, num_heads, num_kv_heads, head_dim, name, "ring", causal, shards)
 
 
 def _contiguous_per_seq(documents: Documents, ring: int) -> Shards:

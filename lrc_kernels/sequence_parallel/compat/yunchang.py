@@ -130,12 +130,14 @@ def dense(
 
 def dense_kvpacked(cut: str, q: Tensor, kv: Tensor, *options: Any, **named: Any) -> ring_flash_attn.Result:
     """kv [B, S / R, 2, H, K]."""
-    return dense(cut, q, *kv.unbind(2), *options, **named)
+    k, v = kv.unbind(2)
+    return dense(cut, q, k, v, *options, **named)
 
 
 def dense_qkvpacked(cut: str, qkv: Tensor, *options: Any, **named: Any) -> ring_flash_attn.Result:
     """qkv [B, S / R, 3, H, K]."""
-    return dense(cut, *qkv.unbind(2), *options, **named)
+    q, k, v = qkv.unbind(2)
+    return dense(cut, q, k, v, *options, **named)
 
 
 ring_flash_attn_func = partial(dense, "contiguous")
