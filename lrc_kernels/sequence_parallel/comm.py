@@ -80,7 +80,8 @@ class PeerError(RuntimeError):
 
 
 class TorchRanks:
-    """Runs this process's schedules over torch.distributed: `groups` by axis. `bytes_sent` counts what left this rank.
+    """Runs this process's schedules over torch.distributed: `groups` by axis. `bytes_sent` counts what left this rank;
+    `name` is the same on all ranks of the mesh, and no other mesh has it.
 
     Where the backend tells about a dead or stalled peer (gloo), every other rank raises PeerError within the timeout of
     the default process group. On NCCL its watchdog ends the process; the step under way is logged at level DEBUG.
@@ -89,8 +90,8 @@ class TorchRanks:
     _numbers = itertools.count()
     _by_number: ClassVar[weakref.WeakValueDictionary[int, TorchRanks]] = weakref.WeakValueDictionary()
 
-    def __init__(self, groups: dict[str, distributed.ProcessGroup], device: torch.device):
-        self.groups = groups
+    def __init__(self, groups: dict[str, distributed.ProcessGroup], device: torch.device, name: str):
+        self.groups, self._name = groups, name
         self.number = next(self._numbers)
         self._by_number[self.number] = self
         self.ranks = {axis: distributed.get_process_group_ranks(group) for axis, group in groups.items()}
@@ -204,18 +205,19 @@ class TorchRanks:
 
     def _peer_error(self, what: str, request: Request, peers: tuple[int, ...], error: Exception) -> PeerError:
         others = tuple(peer for peer in peers if peer != self.rank)
-        culprit = self._culprit(request.axis, others)
+        culprit = self._culprit(others)
         named = f"rank {culprit}" if culprit is not None else "one of the ranks " + ", ".join(map(str, others))
         message = f"{what}, step {request.step}: {named} died or stalled (seen by rank {self.rank}: {error})"
         return PeerError(message, culprit, request.step)
 
-    def _culprit(self, axis: str, suspects: tuple[int, ...]) -> int | None:
+    def _culprit(self, suspects: tuple[int, ...]) -> int | None:
         """The rank to blame. A rank that fails says so in the store, and whom it waited for; the one at the end of that
         chain, which says nothing, is dead or stalled."""
         store = _default_store()
         if store is None:
             return suspects[0] if len(suspects) == 1 else None
-        prefix = f"lrc_sequence_parallel/{self.groups[axis].group_name}/{self.ranks[axis]}/{self._runs}"
+        # One for all groups of the mesh, as who waits on one axis may wait for a rank that is stuck on the other.
+        prefix = f"lrc_sequence_parallel/{self._name}/{self._runs}"
         try:
             store.set(f"{prefix}/{self.rank}", ",".join(map(str, suspects)))
             seen, deadline = {self.rank}, time.monotonic() + self._report

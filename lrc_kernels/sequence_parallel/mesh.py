@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 
 import torch
 from torch import distributed
@@ -15,6 +16,8 @@ from lrc_kernels.sequence_parallel.plan import SequencePlan
 
 PLACEMENTS = ("head_first", "context_first")
 
+# How many there have been of the same ranks: every rank makes them in the same order.
+_made: Counter[str] = Counter()
 # By identity: meshes of the same ranks are equal, and may have different groups.
 _ranks: dict[int, tuple[weakref.ref[DeviceMesh], TorchRanks]] = {}
 
@@ -63,5 +66,7 @@ def ranks_of(mesh: DeviceMesh) -> TorchRanks:
         names = [name for name in ("ring", "ulysses") if name in (mesh.mesh_dim_names or ())]
         groups = {str(name): mesh.get_group(name) for name in names if mesh[name].size() > 1}
         forget = weakref.ref(mesh, lambda _: _ranks.pop(key, None))
-        _ranks[key] = forget, TorchRanks(groups, torch.device(mesh.device_type))
+        members = f"{mesh.mesh_dim_names} {mesh.mesh.tolist()}"
+        _ranks[key] = forget, TorchRanks(groups, torch.device(mesh.device_type), f"{members} #{_made[members]}")
+        _made[members] += 1
     return _ranks[key][1]

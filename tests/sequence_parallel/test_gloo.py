@@ -94,6 +94,13 @@ def test_the_names_of_one_degree_beside_data_parallelism(rank_pools):
             assert max(errors) <= 1e-14
 
 
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (1, 2)])
+def test_two_processes(rank_pools, ring, ulysses):
+    for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
+        for errors, sent in rank_pools(2).run(errors_of_one_pass, ring, ulysses, "head_first", "ring", dtype):
+            assert max(errors) <= bound and sent > 0
+
+
 def test_one_rank_sends_nothing(rank_pools):
     for errors, sent in rank_pools(4).run(errors_of_one_pass, 1, 1, "head_first", "auto", torch.float64):
         assert max(errors) <= 1e-14 and sent == 0
@@ -188,14 +195,18 @@ def test_bad_arguments_are_named_before_anything_is_sent(rank_pools):
 TIMEOUT = 4.0
 
 
-def fail(victim, how, transport, where):
+def fail(victim, how, ring, transport, where):
     """Rank `victim` dies or stalls, before the forward or before the backward; the others raise."""
     rank = distributed.get_rank()
     world = distributed.distributed_c10d._get_default_group()
     world._get_backend(torch.device("cpu")).options._timeout = timedelta(seconds=TIMEOUT)
     # gloo closes the connections of a group that timed out, and the default group is needed again.
-    mesh = DeviceMesh.from_group(distributed.new_group(range(4)), "cpu", mesh_dim_names=("ring",))
-    plan = plan_sequence(VarlenLayout(LENGTHS), ring=4, transport=transport, arrangement="zigzag", **HEADS)
+    if ring == 4:
+        mesh = DeviceMesh.from_group(distributed.new_group(range(4)), "cpu", mesh_dim_names=("ring",))
+    else:
+        mesh = make_mesh("cpu", ring=ring, ulysses=4 // ring)
+    plan = plan_sequence(VarlenLayout(LENGTHS), ring=ring, ulysses=4 // ring, transport=transport, arrangement="zigzag",
+                         **HEADS)  # fmt: skip
     local = [shard(x, plan, mesh).requires_grad_() for x in pack()]
     if where == "backward":
         out = sequence_parallel_attention(*local[:3], plan, mesh)
@@ -228,19 +239,22 @@ def check_blame(message, victim, where):
 
 
 @pytest.mark.parametrize(
-    ("victim", "transport", "where"),
-    [(2, "ring", "forward"), (0, "ring", "backward"), (1, "sparse", "backward")],
-)
-def test_a_stalled_rank_is_named_by_all_others(rank_pools, victim, transport, where):
-    for rank, message in enumerate(rank_pools(4).run(fail, victim, "stalls", transport, where)):
+    ("victim", "ring", "transport", "where"),
+    [(0, 4, "ring", "backward"), (1, 4, "sparse", "backward"), (3, 2, "ring", "forward"),
+     (1, 2, "gather", "backward")],
+)  # fmt: skip
+def test_a_stalled_rank_is_named_by_all_others(rank_pools, victim, ring, transport, where):
+    for rank, message in enumerate(rank_pools(4).run(fail, victim, "stalls", ring, transport, where)):
         if rank != victim:
             check_blame(message, victim, where)
 
 
-@pytest.mark.parametrize(("victim", "transport", "where"), [(2, "ring", "backward")])
-def test_a_killed_rank_is_named_by_all_others(rank_pools, victim, transport, where):
+@pytest.mark.parametrize(
+    ("victim", "ring", "transport", "where"), [(2, 4, "ring", "backward"), (3, 2, "ring", "forward")]
+)
+def test_a_killed_rank_is_named_by_all_others(rank_pools, victim, ring, transport, where):
     with pytest.raises(RankError, match=f"rank {victim} died in fail: killed by signal 9") as caught:
-        rank_pools(4).run(fail, victim, "dies", transport, where)
+        rank_pools(4).run(fail, victim, "dies", ring, transport, where)
     parts = re.split(r"--- rank (\d) ---", str(caught.value))
     told = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert sorted(told) == sorted({"0", "1", "2", "3"} - {str(victim)})

@@ -25,7 +25,7 @@ AXES = {
 }
 LENGTHS = {
     "ragged": [37, 0, 1, 120, 5, 60],
-    "tiny": [1 + i % 3 for i in range(120)],
+    "tiny": [1 + i % 3 for i in range(240)],
     "one": [190],
     "short": [3, 0, 2],
 }
