@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sequence parallelism costs beside attention itself, on one device: all steps of all (virtual) ranks over one
-monolithic call, and each fixed cost (merge, packing keys, exchanging heads) as bandwidth.
+monolithic call, and each fixed cost (merge, packing keys, heads to and from their messages) as bandwidth.
 
 On a GPU 4 ranks hold 32K rows each, and the ring should stay within 1.05 of the one call. On a CPU the sizes are small,
 the reference runs, and the figures claim nothing.
@@ -21,6 +21,8 @@ from lrc_kernels.attention import merge_partials, varlen_attention
 from lrc_kernels.backend import use_backend
 from lrc_kernels.sequence_parallel import SequencePlan, plan_sequence
 from lrc_kernels.sequence_parallel.blocks import Task, pack_keys
+from lrc_kernels.sequence_parallel.heads import head_tables
+from lrc_kernels.sequence_parallel.op import gather_heads_op
 from lrc_kernels.sequence_parallel.ulysses import scatter_heads
 from lrc_kernels.sequence_parallel.virtual import virtual_attention
 
@@ -140,3 +142,22 @@ def test_messages(bench: Callable[..., Any], device: torch.device, full_size: bo
     sent = make(0)[1:3] if ulysses == 1 else make(0)[:3]
     bench(run, bytes_moved=2 * sum(x.nbytes for x in sent), check=check, make_inputs=make,
           op="pack keys" if ulysses == 1 else "scatter heads", shape=f"{plan.local_rows(0)} rows")  # fmt: skip
+
+
+def test_gather_heads(bench: Callable[..., Any], device: torch.device, full_size: bool) -> None:
+    """What an all-to-all of heads brought, back to rows of all heads: one read and one write."""
+    plan = plan_of("one", device, full_size, ring=1, ulysses=RANKS)
+    rows, heads = plan.local_rows(0), plan.heads.num_q
+    table = head_tables(plan.num_heads, plan.num_kv_heads, RANKS, 1, 0, device).gather
+
+    def make(i: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(i)
+        shape = (RANKS, rows, heads, plan.head_dim)
+        return (torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator),)
+
+    def permute(parts: Tensor) -> Tensor:
+        return parts.movedim(0, 1).flatten(1, 2).contiguous()
+
+    bench(lambda parts: gather_heads_op(parts, table, [plan.num_heads], parts.dtype)[0],
+          bytes_moved=2 * make(0)[0].nbytes, check=lambda out: torch.testing.assert_close(out, permute(*make(0))),
+          make_inputs=make, peers={"permute": permute}, op="gather heads", shape=f"{rows} rows")  # fmt: skip

@@ -110,7 +110,7 @@ class TorchRanks:
         """
         ranks = cls._by_number.get(number)
         if ranks is None:
-            raise RuntimeError("the mesh that a compiled graph was made for must be alive, got one that is gone")
+            raise RuntimeError("mesh must live until the last backward on it, got one that is gone")
         return ranks
 
     def place(self, plan: SequencePlan) -> tuple[int, int]:

@@ -140,7 +140,7 @@ def gone_mesh():
     mesh = mesh_of(4, 1)
     plan = plan_sequence(VarlenLayout([16]), ring=4, **HEADS)
     (q, k, v), _ = local_inputs(plan, mesh)
-    with pytest.raises(RuntimeError, match="must be alive, got one that is gone"):
+    with pytest.raises(RuntimeError, match="mesh must live until the last backward on it, got one"):
         torch.ops.lrc.sequence_parallel_attention_fwd(q, k, v, None, True, plan.encoded, 10**6, 1, 6, 2, 0.25)
 
 
