@@ -5,7 +5,7 @@ by the tokens that it stands for (Bolya et al. 2022, sections 3.1 and 3.2)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,74 +55,67 @@ class BlockParts:
         return {*self.qkv, "q_norm", "k_norm", *self.output, self.dropout}
 
 
-_SEPARATE = ("q_proj", "k_proj", "v_proj")
-_CLIP = {
-    "norms": ("layer_norm1", "layer_norm2"),
-    "after_attention": (),
-    "after_mlp": (),
-    "qkv": _SEPARATE,
-    "output": ("out_proj",),
-    "heads": "num_heads",
-    "scale": "scale",
-    "dropout": "dropout",
-    "norm_per_head": False,
-}
-# Class name of the block -> its parts.
-BLOCKS: dict[str, BlockParts] = {
-    "Block": BlockParts(
-        attention=("Attention", "attn"),
-        norms=("norm1", "norm2"),
-        after_attention=("ls1", "drop_path1"),
-        after_mlp=("ls2", "drop_path2"),
-        qkv=("qkv",),
-        output=("norm", "proj", "proj_drop"),
-        heads="num_heads",
-        scale="scale",
-        dropout="attn_drop",
-        norm_per_head=True,
-        prefix="num_prefix_tokens",
-    ),
-    "ViTLayer": BlockParts(
-        attention=("ViTAttention", "attention"),
-        norms=("layernorm_before", "layernorm_after"),
-        after_attention=("dropout",),
-        after_mlp=("dropout",),
-        qkv=_SEPARATE,
-        output=("o_proj",),
-        heads="num_attention_heads",
-        scale="scaling",
-        dropout="attention_dropout",
-        norm_per_head=False,
-        prefix=1,
-    ),
-    "Dinov2Layer": BlockParts(
-        attention=("Dinov2Attention", "attention"),
-        norms=("norm1", "norm2"),
-        after_attention=("layer_scale1", "drop_path"),
-        after_mlp=("layer_scale2", "drop_path"),
-        qkv=_SEPARATE,
-        output=("o_proj",),
-        heads="num_attention_heads",
-        scale="scaling",
-        dropout="attention_dropout",
-        norm_per_head=False,
-        prefix=1,
-    ),
-    "InternVLVisionLayer": BlockParts(
-        attention=("InternVLVisionAttention", "attention"),
-        norms=("layernorm_before", "layernorm_after"),
-        after_attention=("lambda_1",),
-        after_mlp=("dropout", "lambda_2"),
-        qkv=_SEPARATE,
-        output=("projection_layer", "projection_dropout"),
-        heads="num_heads",
-        scale="scale",
-        dropout="attention_dropout",
-        norm_per_head=False,
-        prefix=1,
-    ),
-    "CLIPEncoderLayer": BlockParts(attention=("CLIPAttention", "self_attn"), prefix=1, **_CLIP),  # type: ignore[arg-type]
-    "SiglipEncoderLayer": BlockParts(attention=("SiglipAttention", "self_attn"), prefix=0, **_CLIP),  # type: ignore[arg-type]
+_TIMM = BlockParts(
+    attention=("Attention", "attn"),
+    norms=("norm1", "norm2"),
+    after_attention=("ls1", "drop_path1"),
+    after_mlp=("ls2", "drop_path2"),
+    qkv=("qkv",),
+    output=("norm", "proj", "proj_drop"),
+    heads="num_heads",
+    scale="scale",
+    dropout="attn_drop",
+    norm_per_head=True,
+    prefix="num_prefix_tokens",
+)
+_VIT = BlockParts(
+    attention=("ViTAttention", "attention"),
+    norms=("layernorm_before", "layernorm_after"),
+    after_attention=("dropout",),
+    after_mlp=("dropout",),
+    qkv=("q_proj", "k_proj", "v_proj"),
+    output=("o_proj",),
+    heads="num_attention_heads",
+    scale="scaling",
+    dropout="attention_dropout",
+    norm_per_head=False,
+    prefix=1,
+)
+_DINOV2 = replace(
+    _VIT,
+    attention=("Dinov2Attention", "attention"),
+    norms=("norm1", "norm2"),
+    after_attention=("layer_scale1", "drop_path"),
+    after_mlp=("layer_scale2", "drop_path"),
+)
+_INTERNVL = replace(
+    _VIT,
+    attention=("InternVLVisionAttention", "attention"),
+    after_attention=("lambda_1",),
+    after_mlp=("dropout", "lambda_2"),
+    output=("projection_layer", "projection_dropout"),
+    heads="num_heads",
+    scale="scale",
+)
+_CLIP = replace(
+    _VIT,
+    attention=("CLIPAttention", "self_attn"),
+    norms=("layer_norm1", "layer_norm2"),
+    after_attention=(),
+    after_mlp=(),
+    output=("out_proj",),
+    heads="num_heads",
+    scale="scale",
+    dropout="dropout",
+)
+# By class name of the block, so that no framework is imported before its model is at hand.
+BLOCKS = {
+    "Block": _TIMM,
+    "ViTLayer": _VIT,
+    "Dinov2Layer": _DINOV2,
+    "InternVLVisionLayer": _INTERNVL,
+    "CLIPEncoderLayer": _CLIP,
+    "SiglipEncoderLayer": replace(_CLIP, attention=("SiglipAttention", "self_attn"), prefix=0),
 }
 
 
