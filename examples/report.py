@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from html import escape
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from examples import drawing
+from lrc_kernels.tome import drawing
 
 SHOWN_CLIPS, STRIPS, SIDE, STRIP_SIDE = 3, 12, 336, 84
 NAMES = {
@@ -166,9 +169,9 @@ def _clips(figures: dict[str, Any], frames: np.ndarray, groups: np.ndarray) -> s
             drawn = drawing.outlines(ids, style, cell)
             pictures.append(
                 f'<figure class="frame"><img width="{size[1]}" height="{size[0]}" alt="{label}" '
-                f'src="{drawing.jpeg_uri(drawing.photograph(frame, size))}">'
-                f'<img class="over outline" alt="merge groups" src="{drawing.png_uri(drawn)}">'
-                f'<img class="over means" alt="group means" src="{drawing.png_uri(means[index])}">'
+                f'src="{_jpeg_uri(drawing.photograph(frame, size))}">'
+                f'<img class="over outline" alt="merge groups" src="{_png_uri(drawn)}">'
+                f'<img class="over means" alt="group means" src="{_png_uri(means[index])}">'
                 f"<time>{t:.2f} s</time></figure>"
             )
         parts.append(
@@ -222,7 +225,7 @@ def _strip(clip: int, frames: np.ndarray, groups: np.ndarray, num_groups: int, c
     caption = f"Clip {clip + 1}: {first:.2f} to {last:.2f} s"
     return (
         f'<figure class="strip"><img width="{picture.width}" height="{picture.height}" alt="{caption}" '
-        f'src="{drawing.jpeg_uri(picture, 78)}"><figcaption>{caption}</figcaption></figure>'
+        f'src="{_jpeg_uri(picture, 78)}"><figcaption>{caption}</figcaption></figure>'
     )
 
 
@@ -338,3 +341,20 @@ def _facts(figures: dict[str, Any]) -> str:
         + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in rows.items())
         + "</dl></section>"
     )
+
+
+def _jpeg_uri(image: Image.Image, quality: int = 82) -> str:
+    """The image as a data: URI in JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _png_uri(pixels: np.ndarray) -> str:
+    """uint8 [H, W, 3 or 4] as a data: URI in PNG, with a palette where there are at most 256 colours."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if image.mode == "RGBA":
+        image = image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -165,13 +165,19 @@ def merge_budget(
     return MergeBudget(layout, VarlenLayout(kept, device), r_table, num_protected)
 
 
-def uniform_budget(num_segments: int, length: int, schedule: Sequence[int], device: torch.device) -> MergeBudget:
-    """The budget of equal segments that follow one schedule; builds no host list, so a compiled graph may call it."""
+def uniform_budget(
+    num_segments: int, length: int, schedule: Sequence[int], device: torch.device, num_protected: int = 0
+) -> MergeBudget:
+    """The budget of equal segments that follow one schedule; builds no host list, so a compiled graph may call it.
+
+    The schedule is taken as it is: whoever knows where the protected tokens or the destinations lie can merge more than
+    `mergeable_tokens`, which has to hold wherever they lie.
+    """
     layout_in = VarlenLayout.uniform(num_segments, length, device)
     layout_out = VarlenLayout.uniform(num_segments, length - sum(schedule), device)
     column = torch.tensor(list(schedule), dtype=torch.int32, device=device)
     r = column.unsqueeze(1).expand(len(schedule), num_segments).contiguous()
-    return MergeBudget(layout_in, layout_out, r)
+    return MergeBudget(layout_in, layout_out, r, num_protected)
 
 
 def _schedules_to_target(
@@ -253,6 +259,8 @@ class MergePlan:
     def compose(self, after: MergePlan) -> MergePlan:
         """One plan that does `self` and then `after`; `after` must be planned with `size=self.size`.
 
+        Where `self` has a threshold, `after` should have one too, or its r may merge tokens into rows of padding.
+
         Raises:
             ValueError: `after` does not start where `self` ends.
         """
@@ -266,6 +274,12 @@ class MergePlan:
             alive = after.weight[middle] > 0
             ones = torch.ones_like(middle, dtype=torch.float32) if weight is None else weight
             weight = torch.where(alive, ones, 0.0)
+        valid = after.valid
+        if self.valid is not None:
+            # Padding of `self` goes through `after` as tokens of weight 0, and is padding still where it stays alone.
+            real = torch.zeros(after.num_out, dtype=torch.int32, device=middle.device)
+            real = real.index_add(0, after.assign.long(), self.valid.int()) > 0
+            valid = real if valid is None else real & valid
         # anchor and assign are local and global indices: the start of the segment turns one into the other.
         starts = self.layout_out.cu_seqlens[:-1].long()
         counts = after.layout_out.cu_seqlens.diff().long()
@@ -275,7 +289,7 @@ class MergePlan:
             size=after.size,
             weight=weight,
             anchor=self.anchor[segment_start + after.anchor.long()],
-            valid=after.valid,
+            valid=valid,
             layout_in=self.layout_in,
             layout_out=after.layout_out,
             binary_weight=self.binary_weight,

@@ -127,7 +127,7 @@ def test_less_than_one_clip_names_seen_and_wanted(
 
 
 def test_outlines_separate_groups_and_keep_their_colour() -> None:
-    from examples import drawing
+    from lrc_kernels.tome import drawing
 
     groups = np.zeros((2, 2, 3), dtype=np.int64)
     groups[:, :, 2] = 1
@@ -144,7 +144,7 @@ def test_outlines_separate_groups_and_keep_their_colour() -> None:
 
 
 def test_mean_colours_average_over_the_clip() -> None:
-    from examples import drawing
+    from lrc_kernels.tome import drawing
 
     frames = np.zeros((2, 3, 4, 4), dtype=np.uint8)
     frames[1, 0] = 200

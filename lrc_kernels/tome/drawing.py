@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merge groups to pictures: uint8 frames and group ids in, outlines, mean colours and data: URIs out."""
+"""Merge groups to pictures: uint8 frames and group ids in, outlines and mean colours out. Needs pillow."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from dataclasses import dataclass
 
@@ -148,20 +146,3 @@ def strip(frames: UInt8, groups: Groups, style: ClipStyle, cell: tuple[int, int]
         small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         whole.paste(small, (index * (width + 4), 0))
     return whole
-
-
-def jpeg_uri(image: Image.Image, quality: int = 82) -> str:
-    """The image as a data: URI in JPEG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def png_uri(pixels: UInt8) -> str:
-    """uint8 [H, W, 3 or 4] as a data: URI in PNG, with a palette where there are at most 256 colours."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    if image.mode == "RGBA":
-        image = image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ToMe for Stable Diffusion in diffusers: tokens merge before self-attention and part again after it, with one
+destination in each window of the image (Bolya and Hoffman 2023), and plans that serve several denoising steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lrc_kernels.checks import check_int
+from lrc_kernels.integrations.patch import Patch
+from lrc_kernels.tome import MergePlan, head_mean, merge_tokens, unmerge_tokens
+from lrc_kernels.tome.compat import match_tokens
+from lrc_kernels.tome.plan import uniform_budget
+
+
+@dataclass
+class Session:
+    """What the blocks of one patched UNet share: the options, and where the denoising stands.
+
+    Attributes:
+        grid: rows and columns of the latent of the current step, None before the first.
+        step: forwards of the UNet so far.
+        num_merged: blocks that have merged, all steps together.
+        hooks: `begin` and `end` on the UNet.
+    """
+
+    ratio: float
+    sx: int
+    sy: int
+    max_downsample: int
+    reuse_steps: int
+    random: bool
+    generator: torch.Generator
+    grid: tuple[int, int] | None = None
+    step: int = 0
+    num_merged: int = 0
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+    def attach(self, unet: nn.Module) -> None:
+        self.hooks.append(unet.register_forward_pre_hook(self.begin, with_kwargs=True))
+        self.hooks.append(unet.register_forward_hook(self.end))
+
+    def detach(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def begin(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """A forward pre-hook of the UNet: reads the size of the latent [B, C, H, W]."""
+        sample = arguments[0] if arguments else options.get("sample")
+        if not isinstance(sample, Tensor) or sample.dim() != 4:
+            seen = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
+            raise ValueError(f"the UNet's sample must be a latent [B, C, H, W], got {seen}")
+        self.grid = (sample.shape[2], sample.shape[3])
+        self.step += 1
+
+    def end(self, unet: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """A forward hook of the UNet: says once that nothing merges, which costs quality nothing and saves nothing."""
+        if self.step == 1 and self.num_merged == 0 and self.ratio > 0:
+            warnings.warn(
+                f"no block merged: none has self-attention at a downsampling <= max_downsample = {self.max_downsample} "
+                "with windows to merge (SDXL needs max_downsample=2)",
+                stacklevel=2,
+            )
+
+
+@dataclass
+class Slot:
+    """One block's place in a session: the plan of its self-attention while it runs, and the last plan that it made."""
+
+    session: Session
+    running: MergePlan | None = None
+    made: MergePlan | None = None
+    made_at: int = 0
+    made_for: tuple[Any, ...] = field(default_factory=tuple)
+
+
+def apply_tome_to_diffusers(
+    pipe: Any,
+    ratio: float = 0.5,
+    *,
+    sx: int = 2,
+    sy: int = 2,
+    max_downsample: int = 1,
+    reuse_steps: int = 1,
+    random: bool = True,
+    generator: torch.Generator | None = None,
+) -> Patch:
+    """Merge a share of the tokens around every self-attention of a diffusers UNet, without training it.
+
+    >>> patch = apply_tome_to_diffusers(pipe, ratio=0.5, generator=torch.Generator().manual_seed(0))
+    >>> image = pipe("a cat").images[0]
+    >>> patch.undo()
+
+    In every sy x sx window of the image one token is a destination, the others are sources; the most similar sources
+    merge into their destinations, attention runs on what is left, and every token gets its row back. Destinations are
+    drawn anew for each plan and shared by the batch, so that a prompt and its unconditional pair merge alike.
+    One image is denoised at a time: the plans live in the patch. Applying it again replaces what the first call did.
+
+    Args:
+        pipe: a pipeline with a `unet`, or the UNet; its blocks are diffusers' `BasicTransformerBlock`.
+        ratio: share of the tokens to merge, 0 <= ratio < 1; at most those that are no destinations (3/4 for 2 x 2).
+        sx, sy: columns and rows of a window. Rows and columns that fill no window hold sources only.
+        max_downsample: blocks at a coarser resolution than latent / max_downsample are left alone. SDXL has none at 1.
+        reuse_steps: denoising steps that a plan serves; 1 matches anew in every step.
+        random: False takes the top left token of each window, as does a batch of odd size (a prompt without its pair).
+        generator: of the destinations; None = a new one on the CPU with seed 0. Its device may differ from the model's.
+
+    Returns:
+        A `Patch` with `.model` and `.undo()`.
+
+    Raises:
+        TypeError: a pipe without a UNet, a generator of another type. ValueError: options out of range, a UNet without
+        such blocks, a forward that something else replaced. When it runs, ValueError: a mask on self-attention, tokens
+        that are no image of the latent's shape.
+    """
+    unet = getattr(pipe, "unet", pipe)
+    if not isinstance(unet, nn.Module):
+        raise TypeError(f"pipe must be a torch.nn.Module or have a unet, got {type(pipe).__name__}")
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be a number with 0 <= ratio < 1, got {ratio!r}")
+    for name, value in {"sx": sx, "sy": sy, "max_downsample": max_downsample, "reuse_steps": reuse_steps}.items():
+        check_int(name, value, minimum=1)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    elif not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    blocks = [module for module in unet.modules() if _is_transformer_block(module)]
+    if not blocks:
+        raise ValueError(f"the UNet must have a BasicTransformerBlock, got {type(unet).__name__} without one")
+    session = Session(ratio, sx, sy, max_downsample, reuse_steps, random, generator)
+    patch = Patch(pipe)
+    try:
+        for block in blocks:
+            previous = getattr(block.__dict__.get("forward"), "args", ())
+            if previous and isinstance(previous[0], Slot):
+                previous[0].session.detach()
+            slot = Slot(session)
+            patch.replace_forward(block, merging_block, slot)
+            patch.replace_forward(block.attn1, merging_attention, slot)  # type: ignore[arg-type]
+    except ValueError:
+        patch.undo()
+        raise
+    session.attach(unet)
+    patch.at_undo(session.detach)
+    return patch
+
+
+def merging_block(slot: Slot, block: nn.Module, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+    """The forward of a patched block: tokens match by what enters the block, and its self-attention merges them."""
+    slot.running = _plan(slot, hidden_states)
+    try:
+        return type(block).forward(block, hidden_states, *arguments, **options)
+    finally:
+        slot.running = None
+
+
+def merging_attention(slot: Slot, attention: nn.Module, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+    """The forward of a patched block's self-attention on [B, N, C]: merge, attend, give every token its row back."""
+    plan = slot.running
+    if plan is None:
+        return type(attention).forward(attention, hidden_states, *arguments, **options)
+    if options.get("attention_mask") is not None:
+        raise ValueError("the attention mask of self-attention must be None where tokens merge, got a mask")
+    slot.session.num_merged += 1
+    merged = merge_tokens(hidden_states, plan)
+    return unmerge_tokens(type(attention).forward(attention, merged, *arguments, **options), plan)
+
+
+def window_destinations(
+    grid: tuple[int, int], *, sx: int = 2, sy: int = 2, generator: torch.Generator | None = None
+) -> Tensor:
+    """One destination in every sy x sx window of a grid of tokens: bool [rows * columns] on the generator's device.
+
+    Without a generator it is the window's top left token. What fills no window holds none.
+    """
+    rows, columns = grid
+    device = "cpu" if generator is None else generator.device
+    windows = (rows // sy, columns // sx)
+    if generator is None:
+        inside = torch.zeros(windows, dtype=torch.long)
+    else:
+        inside = torch.randint(sx * sy, windows, generator=generator, device=device)
+    row = torch.arange(windows[0], device=device)[:, None] * sy + inside // sx
+    column = torch.arange(windows[1], device=device)[None, :] * sx + inside % sx
+    destination = torch.zeros(rows * columns, dtype=torch.bool, device=device)
+    destination[(row * columns + column).flatten()] = True
+    return destination
+
+
+def _plan(slot: Slot, hidden_states: Tensor) -> MergePlan | None:
+    """The plan of this step for a block's tokens [B, N, C], None where they do not merge."""
+    session = slot.session
+    if session.grid is None:
+        raise ValueError("a patched block must run inside of its UNet, which says how large the latent is")
+    batch, length, _ = hidden_states.shape
+    height, width = session.grid
+    downsample = math.ceil(math.sqrt(height * width // length))
+    if downsample > session.max_downsample:
+        return None
+    grid = (math.ceil(height / downsample), math.ceil(width / downsample))
+    if grid[0] * grid[1] != length:
+        raise ValueError(f"a block must see the {grid[0]} x {grid[1]} tokens of its latent, got {length}")
+    num_destinations = (grid[0] // session.sy) * (grid[1] // session.sx)
+    r = min(int(length * session.ratio), length - num_destinations)
+    if r == 0 or num_destinations == 0:
+        return None
+    shape = (batch, *grid, hidden_states.device)
+    if slot.made is None or slot.made_for != shape or session.step - slot.made_at >= session.reuse_steps:
+        draws = session.random and batch % 2 == 0
+        destination = window_destinations(
+            grid, sx=session.sx, sy=session.sy, generator=session.generator if draws else None
+        )
+        slot.made = match_tokens(
+            head_mean(hidden_states.detach(), 1),
+            uniform_budget(batch, length, (r,), hidden_states.device),
+            destination=destination.to(hidden_states.device).repeat(batch),
+        )
+        slot.made_at, slot.made_for = session.step, shape
+    return slot.made
+
+
+def _is_transformer_block(module: nn.Module) -> bool:
+    # By name, so that a pipeline of any version, and one with subclassed blocks, needs no import of diffusers.
+    named = any(cls.__name__ == "BasicTransformerBlock" for cls in type(module).__mro__)
+    return named and isinstance(getattr(module, "attn1", None), nn.Module)
