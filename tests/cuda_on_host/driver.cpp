@@ -74,6 +74,29 @@ const char* host_gather_rows(const void* y, int dtype, const int32_t* assign, co
     lrc::gather_rows(y, static_cast<lrc::DType>(dtype), assign, size, weight, rows_of(rows), num_tokens, x, nullptr);
   });
 }
+const char* host_plan_merge(const float* metric, int64_t num_tokens, int64_t num_channels, const int32_t* cu_in,
+                            const int32_t* cu_out, int64_t num_segments, int64_t max_seqlen, const int32_t* r,
+                            int64_t num_iterations, const float* size, const uint8_t* is_protected,
+                            const uint8_t* destination, const float* threshold, int64_t bf16, int64_t position_order,
+                            int64_t isolate, int64_t team, int32_t* assign, float* weight, float* size_out,
+                            int32_t* anchor, uint8_t* valid) {
+  return guarded([&] {
+    const int64_t bytes = lrc::plan_workspace_bytes(num_tokens, num_channels);
+    // 0xFF: NaN and -1 where nobody wrote.
+    std::vector<unsigned char> memory(bytes + 256, 0xFF);
+    void* const workspace = memory.data() + (256 - reinterpret_cast<uintptr_t>(memory.data()) % 256) % 256;
+    lrc::plan_merge({metric,     num_tokens,          num_channels,
+                     cu_in,      cu_out,              num_segments,
+                     max_seqlen, r,                   num_iterations,
+                     size,       is_protected,        destination,
+                     threshold != nullptr,  threshold ? *threshold : 0.0f,
+                     bf16 != 0,  position_order != 0, isolate != 0,
+                     team,       workspace,           bytes,
+                     assign,     weight,              size_out,
+                     anchor,     valid},
+                    nullptr);
+  });
+}
 
 // A partial: dtype, row and head stride of out, head and row stride of lse.
 const char* host_merge_partials(const void* out, const float* lse, const int64_t* layout, const void* out_block,

@@ -2,3 +2,4 @@
 // Stands in for the header of the CUDA toolkit.
 #pragma once
 #include "cuda_emulation.h"
+#include "cuda_matrix_emulation.h"
