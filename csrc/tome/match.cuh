@@ -70,7 +70,8 @@ __device__ void start_stage(const Units& units, unsigned char* stage, int column
     const int unit = i % kUnits, c = i / kUnits % COLUMNS, part = i / (kUnits * COLUMNS);
     if (unit >= live) continue;
     const int64_t row = units.n_a + min(column + c, units.n_b - 1);
-    const uint32_t* source = units.words + row * units.row_words + part * (units.row_words / 2) + (2 * first + unit) * 4;
+    const uint32_t* source =
+        units.words + row * units.row_words + part * (units.row_words / 2) + (2 * first + unit) * 4;
     start_copy(stage + ((part * COLUMNS + c) * kUnits + (unit ^ (c % 8))) * 16, source);
   }
 }
@@ -125,8 +126,8 @@ __device__ void multiply_stage(const uint32_t (&a)[kParts<T>][STEPS][4], const u
   }
 }
 
-/// By a whole block: score and partner of rows [row, row + kTileA) of A. A metric of more than 16 * STEPS channels comes
-/// in chunks, for which the rows of A are loaded anew.
+/// By a whole block: score and partner of rows [row, row + kTileA) of A. A metric of more than 16 * STEPS channels
+/// comes in chunks, for which the rows of A are loaded anew.
 template <int STEPS, typename T>
 __device__ void match_rows(const Units& units, bool isolate, unsigned char* shared, int row, float* score,
                            int32_t* partner) {

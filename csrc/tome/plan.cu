@@ -3,17 +3,17 @@
 // through all of its iterations: unit vectors, best partners, ranks, merged metric, and where every original token now
 // lies. Between iterations nothing returns to the host and no other segment is waited for.
 //
-// What a team writes for itself lies in global memory and, being read again at once, in L2: the code is the same for any
-// length of a segment and any size of the team. Every sum runs in an order that the segment's own tokens fix, so the
-// result depends neither on the team nor on the other segments. There are no atomics.
+// What a team writes for itself lies in global memory and, being read again at once, in L2: the code is the same for
+// any length of a segment and any size of the team. Every sum runs in an order that the segment's own tokens fix, so
+// the result depends neither on the team nor on the other segments. There are no atomics.
 #include "lrc/tome.h"
 #include "match.cuh"
 
 namespace lrc {
 namespace {
 
-/// List positions that one warp sums up. A group that covers several of these is added up from their sums, so that a hub
-/// of half the tokens is no longer a chain than any other.
+/// List positions that one warp sums up. A group that covers several of these is added up from their sums, so that a
+/// hub of half the tokens is no longer a chain than any other.
 constexpr int kChunk = 32;
 constexpr int kMaxTeam = 8;
 /// Keys that a block compares with at once.
@@ -84,18 +84,10 @@ struct Team {
   int size;
   int rank;
 
-  __device__ int thread() const {
-    return rank * kThreads + static_cast<int>(threadIdx.x);
-  }
-  __device__ int threads() const {
-    return size * kThreads;
-  }
-  __device__ int warp() const {
-    return thread() / 32;
-  }
-  __device__ int warps() const {
-    return size * kWarps;
-  }
+  __device__ int thread() const { return rank * kThreads + static_cast<int>(threadIdx.x); }
+  __device__ int threads() const { return size * kThreads; }
+  __device__ int warp() const { return thread() / 32; }
+  __device__ int warps() const { return size * kWarps; }
   /// What a thread of the team wrote before it, every thread of the team sees after it.
   __device__ void barrier() const {
     if (size == 1) {
@@ -122,9 +114,7 @@ struct Segment {
     if (order) return order[set_position];
     return set_position < n_a ? 2 * set_position : 2 * (set_position - n_a) + 1;
   }
-  __device__ float weight(int token) const {
-    return size ? size[token] : 1.0f;
-  }
+  __device__ float weight(int token) const { return size ? size[token] : 1.0f; }
 };
 
 /// 32-bit keys that order scores: NaN above all, then from +inf down to -inf, -0 as 0.
@@ -158,7 +148,8 @@ __device__ void count_below(const Team& team, const uint64_t* keys, int n, unsig
   __syncthreads();
 }
 
-/// Set order where `destination` chooses set B: A, then B, each ascending. By the first block; returns |A| on every one.
+/// Set order where `destination` chooses set B: A, then B, each ascending. By the first block; returns |A| on every
+/// one.
 __device__ int order_by_destination(const Team& team, const uint8_t* destination, int n, int32_t* order,
                                     unsigned char* shared) {
   auto* const totals = reinterpret_cast<int*>(shared);
@@ -187,6 +178,12 @@ __device__ int order_by_destination(const Team& team, const uint8_t* destination
   return n_a;
 }
 
+/// A power of two that brings the number of these bits near 1, so that squares neither overflow nor vanish.
+__device__ float power_near_one_over(uint32_t magnitude) {
+  const int exponent = static_cast<int>(magnitude >> 23);
+  return exponent == 255 ? 1.0f : __uint_as_float(static_cast<uint32_t>(max(1, 254 - exponent)) << 23);
+}
+
 /// A warp per token: its unit vector in 16-bit parts, and its flags.
 template <typename T>
 __device__ void write_units(const Team& team, const Segment& s, int num_channels, int row_words, uint32_t* vectors,
@@ -196,9 +193,18 @@ __device__ void write_units(const Team& team, const Segment& s, int num_channels
   for (int i = team.warp(); i < s.n; i += team.warps()) {
     const int token = s.token(i);
     const float* const source = s.metric + token * s.metric_stride;
+    uint32_t largest = 0;
+    for (int k = lane; k < num_channels; k += 32) {
+      largest = max(largest, __float_as_uint(rounded(source[k])) & 0x7FFFFFFFu);
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
+    }
+    const float scale = power_near_one_over(largest);
     float squares = 0.0f;
     for (int k = lane; k < num_channels; k += 32) {
-      const float value = rounded(source[k]);
+      const float value = rounded(source[k]) * scale;
       squares += value * value;
     }
 #pragma unroll
@@ -214,7 +220,7 @@ __device__ void write_units(const Team& team, const Segment& s, int num_channels
     auto* const target = reinterpret_cast<T*>(vectors + int64_t{i} * row_words);
     for (int k = lane; k < padded; k += 32) {
       const bool live = k < num_channels && (healthy || !isolate);
-      const float unit = live ? rounded(source[k]) / norm : 0.0f;
+      const float unit = live ? rounded(source[k]) * scale / norm : 0.0f;
       if constexpr (kParts<T> == 2) {
         const T high = from_float<T>(unit * kPairScale);
         target[k] = high;
@@ -384,8 +390,8 @@ __device__ void write_rows(const Team& team, const Segment& s, const Workspace& 
 }
 
 /// The packed rows of a segment, and which of them every original token is in.
-__device__ void write_plan(const Team& team, const Segment& s, const Workspace& w, const PlanArgs& args, int64_t segment,
-                           int length, int32_t* assign, unsigned char* shared) {
+__device__ void write_plan(const Team& team, const Segment& s, const Workspace& w, const PlanArgs& args,
+                           int64_t segment, int length, int32_t* assign, unsigned char* shared) {
   const int first = args.cu_seqlens_out[segment];
   const int capacity = args.cu_seqlens_out[segment + 1] - first;
   const auto write = [&](int i, int position) {
@@ -502,15 +508,15 @@ void check_plan(const PlanArgs& args) {
   check_at_least("num_segments", args.num_segments, 0);
   check_at_least("num_iterations", args.num_iterations, 0);
   check_at_least("max_seqlen", args.max_seqlen, 0);
-  require(args.max_seqlen <= kMaxPlanTokens, "max_seqlen must be <= " + std::to_string(kMaxPlanTokens) + ", got " +
-                                                 std::to_string(args.max_seqlen));
+  require(args.max_seqlen <= kMaxPlanTokens,
+          "max_seqlen must be <= " + std::to_string(kMaxPlanTokens) + ", got " + std::to_string(args.max_seqlen));
   require(args.team == 1 || args.team == 2 || args.team == 4 || args.team == kMaxTeam,
           "team must be 1, 2, 4 or 8, got " + std::to_string(args.team));
   require(!args.destination || args.num_iterations <= 1,
           "destination fixes set B of one iteration, got " + std::to_string(args.num_iterations));
   const int64_t wanted = plan_workspace_bytes(args.num_tokens, args.num_channels);
-  require(args.workspace_bytes >= wanted, "workspace must have " + std::to_string(wanted) + " bytes, got " +
-                                              std::to_string(args.workspace_bytes));
+  require(args.workspace_bytes >= wanted,
+          "workspace must have " + std::to_string(wanted) + " bytes, got " + std::to_string(args.workspace_bytes));
   require(args.num_tokens == 0 || is_aligned(args.workspace, 256), "workspace must be aligned to 256 bytes");
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What plain CUDA C++ has no words for: tensor-core products of 16-bit matrices, copies that run while a thread goes on,
-// and the barrier of a cluster of blocks. The emulation in tests/cuda_on_host brings definitions of its own.
+// What plain CUDA C++ has no words for: tensor-core products of 16-bit matrices, copies that run while a thread goes
+// on, and the barrier of a cluster of blocks. The emulation in tests/cuda_on_host brings definitions of its own.
 #pragma once
 #include "lrc/common.cuh"
 
@@ -9,8 +9,8 @@ namespace lrc {
 #ifndef LRC_MATRIX_INSTRUCTIONS
 #define LRC_MATRIX_INSTRUCTIONS
 
-/// Four 8x8 matrices of 16-bit elements from shared memory. Lane i brings the 16-byte row i % 8 of matrix i / 8, and gets
-/// of each matrix the elements 2 * (lane % 4) and the next of row lane / 4.
+/// Four 8x8 matrices of 16-bit elements from shared memory. Lane i brings the 16-byte row i % 8 of matrix i / 8, and
+/// gets of each matrix the elements 2 * (lane % 4) and the next of row lane / 4.
 __device__ inline void load_matrices(uint32_t (&values)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -24,7 +24,8 @@ template <typename T>
 __device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
 __device__ inline void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

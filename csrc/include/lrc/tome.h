@@ -54,7 +54,8 @@ struct PlanArgs {
   /// plan_workspace_bytes(num_tokens, num_channels) bytes, a multiple of 256 the address.
   void* workspace;
   int64_t workspace_bytes;
-  /// [num_tokens]: packed output row and weight. [num_out]: total weight, segment-local anchor, whether the row is real.
+  /// [num_tokens]: packed output row and weight. [num_out]: total weight, segment-local anchor, whether the row is
+  /// real.
   int32_t* assign;
   float* weight;
   float* size_out;
@@ -88,9 +89,7 @@ struct MergeArgs {
   const int32_t* cu_seqlens_in;
   const int32_t* cu_seqlens_out;
   int64_t num_segments;
-  /// Output rows of all segments, and an upper bound of those of one.
   int64_t num_out;
-  int64_t max_rows;
   Reduction reduction;
   /// Of x's dtype, [num_out, token width], contiguous.
   void* y;

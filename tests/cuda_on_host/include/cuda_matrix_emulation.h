@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions that lrc/matrix.cuh wraps, as the PTX manual describes them: matrices spread over the lanes of a warp,
-// asynchronous copies that arrive only when they are waited for, the barrier of a cluster.
+// The instructions that lrc/matrix.cuh wraps, as the PTX manual describes them: matrices spread over the lanes of a
+// warp, asynchronous copies that arrive only when they are waited for, the barrier of a cluster.
 #pragma once
 #include "cuda_bf16.h"
-#include "cuda_emulation.h"
 #include "cuda_fp16.h"
 
 #define LRC_MATRIX_INSTRUCTIONS
@@ -11,7 +10,8 @@
 namespace lrc {
 
 inline void load_matrices(uint32_t (&values)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) throw std::runtime_error("ldmatrix: a row is not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    throw std::runtime_error("ldmatrix: a row is not aligned to 16 bytes");
   const uint64_t* rows = emulation::exchange("ldmatrix", 0xFFFFFFFFu, emulation::to_bits(row));
   const unsigned lane = emulation::block.current % warpSize;
   for (unsigned m = 0; m < 4; ++m) {
