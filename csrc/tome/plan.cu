@@ -7,115 +7,14 @@
 // any length of a segment and any size of the team. Every sum runs in an order that the segment's own tokens fix, so
 // the result depends neither on the team nor on the other segments. There are no atomics.
 #include "lrc/tome.h"
-#include "match.cuh"
+#include "plan_metric.cuh"
 
 namespace lrc {
 namespace {
 
-/// List positions that one warp sums up. A group that covers several of these is added up from their sums, so that a
-/// hub of half the tokens is no longer a chain than any other.
-constexpr int kChunk = 32;
 constexpr int kMaxTeam = 8;
 /// Keys that a block compares with at once.
 constexpr int kKeyTile = 1024;
-constexpr uint64_t kNoKey = ~uint64_t{0};
-
-/// Per token of all segments. A segment keeps its place in each of them, from its first token on.
-struct Workspace {
-  /// [2, num_tokens, row_words]. The unit vectors of an iteration, then in the same place the metric of the next and
-  /// behind it the sums of the chunks; the other half holds the metric of this iteration.
-  uint32_t* vectors;
-  uint64_t* rank_key;
-  uint64_t* list_key;
-  /// In set order: A, then B.
-  float* score;
-  int32_t* partner;
-  int32_t* order;
-  uint8_t* state;
-  /// The row of each token in the next iteration; -1 - row if it merges with weight 0.
-  int32_t* new_row;
-  /// The merging tokens by partner, ascending in each: token, index of the partner in B, weight; sums of the chunks.
-  int32_t* list_token;
-  int32_t* list_row;
-  float* list_weight;
-  float* list_size;
-  /// Positions of the list that belong to each token of B.
-  int32_t* list_first;
-  int32_t* list_end;
-  /// [2, num_tokens]: before and after an iteration.
-  float* size;
-  int32_t* anchor;
-  uint8_t* is_protected;
-};
-
-/// Hands out 256-byte aligned arrays; without a base it only counts.
-struct Carver {
-  unsigned char* base;
-  int64_t bytes = 0;
-
-  template <typename T>
-  void take(T*& pointer, int64_t count) {
-    pointer = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
-    bytes += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
-  }
-};
-
-int padded_channels(int64_t num_channels) {
-  return static_cast<int>(ceil_div(num_channels, 16) * 16);
-}
-
-int64_t carve(Workspace& w, void* base, int64_t n, int64_t num_channels) {
-  Carver carver{static_cast<unsigned char*>(base)};
-  carver.take(w.vectors, 2 * n * padded_channels(num_channels));
-  for (auto* keys : {&w.rank_key, &w.list_key}) carver.take(*keys, n);
-  for (auto* indices : {&w.partner, &w.order, &w.new_row, &w.list_token, &w.list_row, &w.list_first, &w.list_end}) {
-    carver.take(*indices, n);
-  }
-  for (auto* values : {&w.score, &w.list_weight, &w.list_size}) carver.take(*values, n);
-  carver.take(w.state, n);
-  carver.take(w.size, 2 * n);
-  carver.take(w.anchor, 2 * n);
-  carver.take(w.is_protected, 2 * n);
-  return carver.bytes;
-}
-
-/// The blocks that share a segment, and this thread's place among them.
-struct Team {
-  int size;
-  int rank;
-
-  __device__ int thread() const { return rank * kThreads + static_cast<int>(threadIdx.x); }
-  __device__ int threads() const { return size * kThreads; }
-  __device__ int warp() const { return thread() / 32; }
-  __device__ int warps() const { return size * kWarps; }
-  /// What a thread of the team wrote before it, every thread of the team sees after it.
-  __device__ void barrier() const {
-    if (size == 1) {
-      __syncthreads();
-    } else {
-      cluster_barrier();
-    }
-  }
-};
-
-/// A segment before an iteration. Null pointers mean: size 1, the token's own index, no flag, the odd tokens.
-struct Segment {
-  int n;
-  int n_a;
-  int n_b;
-  const float* metric;
-  int64_t metric_stride;
-  const float* size;
-  const int32_t* anchor;
-  const uint8_t* is_protected;
-  const int32_t* order;
-
-  __device__ int token(int set_position) const {
-    if (order) return order[set_position];
-    return set_position < n_a ? 2 * set_position : 2 * (set_position - n_a) + 1;
-  }
-  __device__ float weight(int token) const { return size ? size[token] : 1.0f; }
-};
 
 /// 32-bit keys that order scores: NaN above all, then from +inf down to -inf, -0 as 0.
 __device__ uint32_t score_order(float score) {
@@ -176,60 +75,6 @@ __device__ int order_by_destination(const Team& team, const uint8_t* destination
     __syncthreads();
   }
   return n_a;
-}
-
-/// A power of two that brings the number of these bits near 1, so that squares neither overflow nor vanish.
-__device__ float power_near_one_over(uint32_t magnitude) {
-  const int exponent = static_cast<int>(magnitude >> 23);
-  return exponent == 255 ? 1.0f : __uint_as_float(static_cast<uint32_t>(max(1, 254 - exponent)) << 23);
-}
-
-/// A warp per token: its unit vector in 16-bit parts, and its flags.
-template <typename T>
-__device__ void write_units(const Team& team, const Segment& s, int num_channels, int row_words, uint32_t* vectors,
-                            uint8_t* state, bool isolate) {
-  const auto rounded = [](float value) { return kParts<T> == 2 ? value : to_float(from_float<T>(value)); };
-  const int lane = threadIdx.x % 32, padded = row_words;
-  for (int i = team.warp(); i < s.n; i += team.warps()) {
-    const int token = s.token(i);
-    const float* const source = s.metric + token * s.metric_stride;
-    uint32_t largest = 0;
-    for (int k = lane; k < num_channels; k += 32) {
-      largest = max(largest, __float_as_uint(rounded(source[k])) & 0x7FFFFFFFu);
-    }
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, distance));
-    }
-    const float scale = power_near_one_over(largest);
-    float squares = 0.0f;
-    for (int k = lane; k < num_channels; k += 32) {
-      const float value = rounded(source[k]) * scale;
-      squares += value * value;
-    }
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      squares += __shfl_xor_sync(0xFFFFFFFFu, squares, distance);
-    }
-    const float norm = rounded(sqrtf(squares));
-    const bool healthy = norm > 0.0f && norm < INFINITY;
-    if (lane == 0) {
-      const bool shielded = s.is_protected && s.is_protected[token];
-      state[i] = static_cast<uint8_t>((healthy ? kHealthy : 0) | (shielded ? kProtected : 0));
-    }
-    auto* const target = reinterpret_cast<T*>(vectors + int64_t{i} * row_words);
-    for (int k = lane; k < padded; k += 32) {
-      const bool live = k < num_channels && (healthy || !isolate);
-      const float unit = live ? rounded(source[k]) * scale / norm : 0.0f;
-      if constexpr (kParts<T> == 2) {
-        const T high = from_float<T>(unit * kPairScale);
-        target[k] = high;
-        target[row_words + k] = from_float<T>(unit * kPairScale - to_float(high));
-      } else {
-        target[k] = from_float<T>(unit);
-      }
-    }
-  }
 }
 
 /// Where no token of B may receive a token of A, it goes to the next one that is not protected, or else to the last.
@@ -303,92 +148,6 @@ __device__ void list_merging(const Team& team, const Segment& s, const Workspace
   }
 }
 
-/// A warp per chunk of the list: weighted sums of the metric over each partner's tokens in it, in ascending order, left
-/// at the place of the first of them. `sums` null: only the weights are added.
-__device__ void sum_chunks(const Team& team, const Segment& s, const Workspace& w, int merging, int num_channels,
-                           float* sums, int stride) {
-  constexpr int kInFlight = 8, kPerLane = 4;
-  const int lane = threadIdx.x % 32;
-  const int channels = sums ? num_channels : 0;
-  for (int start = team.warp() * kChunk; start < merging; start += team.warps() * kChunk) {
-    const int live = min(kChunk, merging - start), at = start + min(lane, live - 1);
-    const int lane_token = w.list_token[at], lane_row = w.list_row[at];
-    const float lane_weight = w.list_weight[at];
-    for (int k = 0; k == 0 || k < channels; k += 32 * kPerLane) {
-      float acc[kPerLane] = {}, total = 0.0f;
-      int first = start;
-      for (int i = 0; i < live; i += kInFlight) {
-        float values[kInFlight][kPerLane];
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-          const float* const source = s.metric + __shfl_sync(0xFFFFFFFFu, lane_token, i + j) * s.metric_stride;
-#pragma unroll
-          for (int v = 0; v < kPerLane; ++v) {
-            const int c = k + lane + 32 * v;
-            values[j][v] = c < channels ? source[c] : 0.0f;
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-          const float weight = __shfl_sync(0xFFFFFFFFu, lane_weight, i + j);
-          const int row = __shfl_sync(0xFFFFFFFFu, lane_row, i + j);
-          const int next = __shfl_sync(0xFFFFFFFFu, lane_row, min(i + j + 1, kChunk - 1));
-          if (i + j >= live) continue;
-          total += weight;
-          // A token of weight 0 may hold NaN, and 0 * NaN would reach its group.
-#pragma unroll
-          for (int v = 0; v < kPerLane; ++v) acc[v] += weight == 0.0f ? 0.0f : values[j][v] * weight;
-          if (i + j + 1 < live && next == row) continue;
-#pragma unroll
-          for (int v = 0; v < kPerLane; ++v) {
-            const int c = k + lane + 32 * v;
-            if (c < channels) sums[int64_t{first} * stride + c] = acc[v];
-            acc[v] = 0.0f;
-          }
-          if (k == 0 && lane == 0) w.list_size[first] = total;
-          total = 0.0f;
-          first = start + i + j + 1;
-        }
-      }
-    }
-  }
-}
-
-/// Where the rows of the next iteration go; metric null: nothing reads it any more.
-struct NextRows {
-  float* metric;
-  int64_t stride;
-  float* size;
-  int32_t* anchor;
-  uint8_t* is_protected;
-};
-
-/// A warp per token that stays: its row of the next iteration, the weighted mean of its own and its list's metric.
-__device__ void write_rows(const Team& team, const Segment& s, const Workspace& w, int num_channels, const float* sums,
-                           const NextRows& next) {
-  const int lane = threadIdx.x % 32;
-  const int unmerged_end = next.metric ? num_channels : 0;
-  for (int i = team.warp(); i < s.n; i += team.warps()) {
-    const bool in_b = i >= s.n_a;
-    if (!in_b && w.list_key[i] != kNoKey) continue;
-    const int token = s.token(i), row = w.new_row[token];
-    const int first = in_b ? w.list_first[i - s.n_a] : 0, end = in_b ? w.list_end[i - s.n_a] : 0;
-    const float own = s.weight(token);
-    float total = own;
-    for (int p = first; p < end; p = (p / kChunk + 1) * kChunk) total += w.list_size[p];
-    if (lane == 0) {
-      next.size[row] = total;
-      next.anchor[row] = s.anchor ? s.anchor[token] : token;
-      if (s.is_protected) next.is_protected[row] = s.is_protected[token];
-    }
-    for (int c = lane; c < unmerged_end; c += 32) {
-      float sum = own == 0.0f ? 0.0f : s.metric[token * s.metric_stride + c] * own;
-      for (int p = first; p < end; p = (p / kChunk + 1) * kChunk) sum += sums[p * next.stride + c];
-      next.metric[row * next.stride + c] = total == 0.0f ? 0.0f : sum / total;
-    }
-  }
-}
-
 /// The packed rows of a segment, and which of them every original token is in.
 __device__ void write_plan(const Team& team, const Segment& s, const Workspace& w, const PlanArgs& args,
                            int64_t segment, int length, int32_t* assign, unsigned char* shared) {
@@ -417,16 +176,6 @@ __device__ void write_plan(const Team& team, const Segment& s, const Workspace& 
   }
   team.barrier();
   for (int i = team.thread(); i < length; i += team.threads()) assign[i] = first + w.new_row[assign[i]];
-}
-
-/// The workspace of the segment that starts at token `start`.
-__device__ Workspace of_segment(Workspace w, int64_t start, int row_words) {
-  w.vectors += start * row_words;
-  w.rank_key += start, w.list_key += start, w.score += start, w.partner += start, w.order += start, w.state += start;
-  w.new_row += start, w.list_token += start, w.list_row += start, w.list_weight += start, w.list_size += start;
-  w.list_first += start, w.list_end += start;
-  w.size += start, w.anchor += start, w.is_protected += start;
-  return w;
 }
 
 /// Grid: `team` neighbouring blocks per segment.
@@ -536,8 +285,10 @@ void plan_merge(const PlanArgs& args, cudaStream_t stream) {
   // More than 64 channels: 8 steps of 16 in registers, which halves the passes over wider metrics.
   auto* kernel = args.bf16 ? plan_merge_kernel<8, __nv_bfloat16> : plan_merge_kernel<8, __half>;
   if (row_words <= 64) kernel = args.bf16 ? plan_merge_kernel<4, __nv_bfloat16> : plan_merge_kernel<4, __half>;
+  const int bytes = kSharedBytes + static_cast<int>(sizeof(Workspace));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "plan_merge");
   launch_clusters("plan_merge", kernel, grid_x(args.num_segments * args.team), dim3(kThreads),
-                  static_cast<int>(args.team), kSharedBytes + sizeof(Workspace), stream, args, workspace, row_words);
+                  static_cast<int>(args.team), bytes, stream, args, workspace, row_words);
 }
 
 }  // namespace lrc

@@ -229,11 +229,11 @@ def test_bf16_scores_are_rounded(host_kernels):
 
 
 def test_the_result_depends_on_neither_team_nor_batch_nor_order(host_kernels):
-    lengths = [41, 0, 300, 12]
+    lengths = [41, 0, 280, 12]
     metric = make_input("video_like", (sum(lengths), 40), seed=6)
     budget = merge_budget(VarlenLayout(lengths), target=[5, 0, 64, 12])
     whole = plan(host_kernels, metric, budget)
-    for team, reverse in ((1, True), (2, False), (8, True)):
+    for team, reverse in ((2, True), (8, False)):
         for mine, theirs in zip(plan(host_kernels, metric, budget, team=team, reverse=reverse), whole, strict=True):
             assert torch.equal(mine, theirs)
     first = start = 0

@@ -115,6 +115,8 @@ constexpr unsigned kMaxThreads = 1024;
 /// True: the last thread and the last block run first.
 inline bool reverse_order = false;
 inline std::string last_error;
+/// Dynamic shared memory that a kernel asked for; without that it may have 48 KiB.
+inline std::map<const void*, size_t> shared_limits;
 
 /// A wait of some lanes of a warp for each other: a shuffle, a vote or __syncwarp.
 struct WarpExchange {
@@ -396,8 +398,10 @@ template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const dim3 grid = config->gridDim, threads = config->blockDim;
   const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
+  const auto asked = emulation::shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const size_t limit = asked == emulation::shared_limits.end() ? 48 * 1024 : std::max<size_t>(asked->second, 48 * 1024);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535 ||
-      count == 0 || count > emulation::kMaxThreads || config->dynamicSmemBytes > emulation::kMaxSharedBytes ||
+      count == 0 || count > emulation::kMaxThreads || config->dynamicSmemBytes > limit ||
       !emulation::clusters_fit(*config)) {
     emulation::last_error = "invalid configuration argument";
     return cudaErrorInvalidConfiguration;
@@ -425,8 +429,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int value) {
-  if (value >= 0 && static_cast<size_t>(value) <= emulation::kMaxSharedBytes) return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int value) {
+  if (value >= 0 && static_cast<size_t>(value) <= emulation::kMaxSharedBytes) {
+    emulation::shared_limits[reinterpret_cast<const void*>(kernel)] = value;
+    return cudaSuccess;
+  }
   emulation::last_error = "invalid argument";
   return cudaErrorInvalidValue;
 }
