@@ -12,7 +12,7 @@ constexpr int kWarps = kThreads / 32;
 /// Rows of set A that a block matches at once: one matrix tile of 16 per warp.
 constexpr int kTileA = 16 * kWarps;
 constexpr int kStages = 3;
-/// Bytes of one stage of B: 16 KiB for pairs of fp16.
+/// Bytes of one stage of B: 32 columns of 128 channels in pairs of fp16.
 constexpr int kStageBytes = 16384;
 constexpr int kSharedBytes = kStages * kStageBytes;
 
@@ -97,8 +97,9 @@ __device__ void load_rows(const Units& units, int row, int first, uint32_t (&a)[
   }
 }
 
-/// acc += A B^T over one stage. The product of the two low parts of fp16 pairs is below 2^-22 and left out.
-template <int STEPS, int COLUMNS, typename T>
+/// acc += A B^T over the first `live` steps of one stage; ALL where that is every one, so that loads of matrices can
+/// run ahead of products. The product of the two low parts of fp16 pairs is below 2^-22 and left out.
+template <bool ALL, int STEPS, int COLUMNS, typename T>
 __device__ void multiply_stage(const uint32_t (&a)[kParts<T>][STEPS][4], const unsigned char* stage, int live,
                                float (&acc)[COLUMNS / 8][4]) {
   constexpr int kUnits = 2 * STEPS;
@@ -107,7 +108,7 @@ __device__ void multiply_stage(const uint32_t (&a)[kParts<T>][STEPS][4], const u
   const int half = lane / 8 % 2, second = lane / 16;
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    if (step >= live) break;
+    if (!ALL && step >= live) break;
 #pragma unroll
     for (int tile = 0; tile < COLUMNS / 8; tile += kParts<T> == 2 ? 1 : 2) {
       const int row = kParts<T> == 2 ? second * COLUMNS + tile * 8 + lane % 8 : (tile + second) * 8 + lane % 8;
@@ -131,7 +132,8 @@ __device__ void multiply_stage(const uint32_t (&a)[kParts<T>][STEPS][4], const u
 template <int STEPS, typename T>
 __device__ void match_rows(const Units& units, bool isolate, unsigned char* shared, int row, float* score,
                            int32_t* partner) {
-  constexpr int kColumns = 256 / STEPS;
+  constexpr int kColumns = 64 / kParts<T>;
+  static_assert(kParts<T> * kColumns * STEPS * 32 <= kStageBytes, "a stage holds kColumns columns");
   constexpr float kLowest = -INFINITY;
   const int lane = threadIdx.x % 32;
   const int chunks = (units.num_steps + STEPS - 1) / STEPS;
@@ -156,7 +158,13 @@ __device__ void match_rows(const Units& units, bool isolate, unsigned char* shar
     prefetch(i + kStages - 1);
     const int chunk = i % chunks, column = i / chunks * kColumns;
     if (chunks > 1) load_rows<STEPS, T>(units, row, chunk * STEPS, a);
-    multiply_stage<STEPS, kColumns, T>(a, shared + i % kStages * kStageBytes, units.num_steps - chunk * STEPS, acc);
+    const unsigned char* const stage = shared + i % kStages * kStageBytes;
+    const int live_steps = units.num_steps - chunk * STEPS;
+    if (live_steps >= STEPS) {
+      multiply_stage<true, STEPS, kColumns, T>(a, stage, STEPS, acc);
+    } else {
+      multiply_stage<false, STEPS, kColumns, T>(a, stage, live_steps, acc);
+    }
     if (chunk + 1 < chunks) continue;
 #pragma unroll
     for (int word = 0; word < kColumns / 32; ++word) {

@@ -9,8 +9,11 @@ namespace lrc {
 namespace {
 
 constexpr int kMaxThreads = 64;
-/// Channels of a thread, tokens whose features it loads at once, and tokens that it adds at once.
-constexpr int kLanes = 2, kInFlight = 16, kTogether = 4;
+/// Channels of a thread, and tokens that it adds at once.
+constexpr int kLanes = 2, kTogether = 4;
+/// Tokens whose features a thread loads at once: 128 bytes, and as many again before these are added.
+template <typename T>
+constexpr int kInFlight = 64 / static_cast<int>(sizeof(T));
 /// Tokens that a block looks at before it adds the queued ones of its window.
 constexpr int kTile = 256;
 constexpr int kQueue = 2 * kTile;
@@ -78,28 +81,28 @@ template <typename T, int SIZE, bool MAX>
 __device__ void drain(const Queue& queue, int length, const T* source, float* rows, int stride) {
   using Vec = Vector<T, SIZE>;
   using Sums = Vector<float, SIZE>;
-  Vec next[kInFlight];
+  constexpr int kBatch = kInFlight<T>;
+  Vec next[kBatch];
   const auto load = [&](int first) {
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
+    for (int j = 0; j < kBatch; ++j) {
       if (first + j < length) next[j] = *reinterpret_cast<const Vec*>(source + queue.offset[first + j]);
     }
   };
   load(0);
-  for (int first = 0; first < length; first += kInFlight) {
-    Vec values[kInFlight];
+  for (int first = 0; first < length; first += kBatch) {
+    Vec values[kBatch];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) values[j] = next[j];
-    load(first + kInFlight);
+    for (int j = 0; j < kBatch; ++j) values[j] = next[j];
+    load(first + kBatch);
 #pragma unroll
-    for (int group = 0; group < kInFlight; group += kTogether) {
+    for (int group = 0; group < kBatch; group += kTogether) {
       if (first + group >= length) break;
       int row[kTogether];
       Sums sums[kTogether];
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         const int at = first + group + j;
-        // Past the end, the row that the window keeps for nobody.
         row[j] = at < length ? queue.row[at] : -1;
         if (row[j] >= 0) sums[j] = *reinterpret_cast<const Sums*>(rows + row[j] * stride);
       }

@@ -34,12 +34,12 @@ __device__ void count_below(const Team& team, const uint64_t* keys, int n, unsig
     for (int start = 0; start < n; start += kKeyTile) {
       const int live = min(kKeyTile, n - start);
       __syncthreads();
-      for (int k = threadIdx.x; k < (live + 3) / 4 * 4; k += kThreads) tile[k] = k < live ? keys[start + k] : kNoKey;
+      for (int k = threadIdx.x; k < (live + 1) / 2 * 2; k += kThreads) tile[k] = k < live ? keys[start + k] : kNoKey;
       __syncthreads();
-      for (int k = 0; k < live; k += 4) {
-        const auto four = *reinterpret_cast<const Vector<uint64_t, 4>*>(tile + k);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) below += four.data[j] < mine;
+#pragma unroll 4
+      for (int k = 0; k < live; k += 2) {
+        const auto two = *reinterpret_cast<const Vector<uint64_t, 2>*>(tile + k);
+        below += (two.data[0] < mine) + (two.data[1] < mine);
       }
     }
     if (i < n) visit(i, below);
@@ -81,9 +81,18 @@ __device__ int order_by_destination(const Team& team, const uint8_t* destination
 __device__ void find_neighbours(const Team& team, const Segment& s, const Workspace& w) {
   for (int i = team.thread(); i < s.n_a; i += team.threads()) {
     if (w.score[i] != -INFINITY) continue;
-    int j = s.order ? 0 : i;
-    const int token = s.token(i);
-    while (j < s.n_b && s.order && s.token(s.n_a + j) < token) ++j;
+    int j = i;
+    if (s.order) {
+      j = 0;
+      for (int end = s.n_b; j < end;) {
+        const int middle = (j + end) / 2;
+        if (s.order[s.n_a + middle] < s.order[i]) {
+          j = middle + 1;
+        } else {
+          end = middle;
+        }
+      }
+    }
     while (j < s.n_b && w.state[s.n_a + j] & kProtected) ++j;
     if (j >= s.n_b) {
       for (j = s.n_b - 1; j >= 0 && w.state[s.n_a + j] & kProtected;) --j;

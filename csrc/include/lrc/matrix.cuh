@@ -57,7 +57,7 @@ __device__ void wait_copies() {
 /// Waits for every thread of the cluster; what any of them wrote to global memory before is visible after it.
 __device__ inline void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #else
   __trap();
 #endif
