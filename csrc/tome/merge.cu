@@ -14,9 +14,9 @@ constexpr int kLanes = 2, kTogether = 4;
 /// Tokens whose features a thread loads at once: 128 bytes, and as many again before these are added.
 template <typename T>
 constexpr int kInFlight = 64 / static_cast<int>(sizeof(T));
-/// Tokens that a block looks at before it adds the queued ones of its window.
-constexpr int kTile = 256;
-constexpr int kQueue = 2 * kTile;
+/// Tokens that a thread looks at before the block adds the queued ones of its window, and room for two such rounds.
+constexpr int kScan = 4;
+constexpr int kQueue = 2 * kScan * kMaxThreads;
 /// Shared memory for the rows of a window. Three blocks of 128 rows fit on a multiprocessor of sm_90, two on sm_80.
 constexpr int kWindowBytes = 65536;
 
@@ -25,7 +25,7 @@ struct Queue {
   int64_t offset[kQueue];
   int row[kQueue];
   float weight[kQueue];
-  int warp_totals[kMaxThreads / 32];
+  int warp_totals[kScan][kMaxThreads / 32];
 };
 
 struct MergeShape {
@@ -37,35 +37,40 @@ struct MergeShape {
   int num_windows;
 };
 
-/// The block's queued tokens of tile [start, start + kTile) are appended; returns the new length.
+/// Appends the window's tokens of [start, start + kScan * threads) to the queue; returns its new length.
 __device__ int enqueue(const MergeArgs& args, const MergeShape& shape, int64_t start, int64_t end, int64_t first_row,
                        int num_rows, Queue& queue, int length) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int tile = 0; tile < kTile; tile += blockDim.x) {
-    const int64_t token = start + tile + threadIdx.x;
-    float weight = 0.0f;
-    int64_t row = -1;
-    if (token < end) {
-      row = args.assign[token] - first_row;
-      weight = args.weight ? args.weight[token] : 1.0f;
-    }
-    // A weight of 0 leaves the token out: whatever it holds must not reach the row.
-    const bool mine = row >= 0 && row < num_rows && weight != 0.0f;
-    const uint32_t votes = __ballot_sync(0xFFFFFFFFu, mine);
-    if (lane == 0) queue.warp_totals[warp] = __popc(votes);
-    __syncthreads();
-    int place = length + __popc(votes & ((1u << lane) - 1));
-    for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
-      place += w < warp ? queue.warp_totals[w] : 0;
-      length += queue.warp_totals[w];
-    }
-    if (mine) {
-      queue.offset[place] = shape.rows.token(token);
-      queue.row[place] = static_cast<int>(row);
-      queue.weight[place] = weight;
-    }
-    __syncthreads();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+  int64_t row[kScan];
+  float weight[kScan];
+  uint32_t votes[kScan];
+#pragma unroll
+  for (int j = 0; j < kScan; ++j) {
+    const int64_t token = start + j * blockDim.x + threadIdx.x;
+    row[j] = token < end ? args.assign[token] - first_row : -1;
+    weight[j] = token < end && args.weight ? args.weight[token] : 1.0f;
   }
+#pragma unroll
+  for (int j = 0; j < kScan; ++j) {
+    // A weight of 0 leaves the token out: whatever it holds must not reach the row.
+    votes[j] = __ballot_sync(0xFFFFFFFFu, row[j] >= 0 && row[j] < num_rows && weight[j] != 0.0f);
+    if (lane == 0) queue.warp_totals[j][warp] = __popc(votes[j]);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kScan; ++j) {
+    int place = length + __popc(votes[j] & ((1u << lane) - 1));
+    for (int w = 0; w < num_warps; ++w) {
+      place += w < warp ? queue.warp_totals[j][w] : 0;
+      length += queue.warp_totals[j][w];
+    }
+    if (votes[j] >> lane & 1) {
+      queue.offset[place] = shape.rows.token(start + j * blockDim.x + threadIdx.x);
+      queue.row[place] = static_cast<int>(row[j]);
+      queue.weight[place] = weight[j];
+    }
+  }
+  __syncthreads();
   return length;
 }
 
@@ -151,9 +156,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4) merge_rows_kernel(const MergeA
       for (int i = 0; i < SIZE; ++i) rows[row * stride + i] = MAX ? -INFINITY : 0.0f;
     }
     int length = 0;
-    for (int64_t tile = start; tile < end; tile += kTile) {
-      length = enqueue(args, shape, tile, end, first_row, num_rows, queue, length);
-      if (length <= kQueue - kTile && tile + kTile < end) continue;
+    const int tile = kScan * blockDim.x;
+    for (int64_t token = start; token < end; token += tile) {
+      length = enqueue(args, shape, token, end, first_row, num_rows, queue, length);
+      if (length <= kQueue - tile && token + tile < end) continue;
       if (live) drain<T, SIZE, MAX>(queue, length, source, rows, stride);
       length = 0;
       __syncthreads();
