@@ -127,6 +127,26 @@ __device__ void multiply_stage(const uint32_t (&a)[kParts<T>][STEPS][4], const u
   }
 }
 
+/// Combines the maxima of the four lanes that share rows row + lane / 4 and 8 below it, and writes score and partner.
+__device__ inline void write_best(const Units& units, bool isolate, int row, Best (&best)[2], float* score,
+                                  int32_t* partner) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+      const Best other = {__shfl_xor_sync(0xFFFFFFFFu, best[half].score, distance),
+                          __shfl_xor_sync(0xFFFFFFFFu, best[half].column, distance)};
+      take_either(best[half], other);
+    }
+    const int i = row + half * 8 + lane / 4;
+    if (lane % 4 != 0 || i >= units.n_a) continue;
+    const bool lonely = isolate && !(units.state[i] & kHealthy);
+    score[i] = lonely ? -INFINITY : best[half].score;
+    partner[i] = lonely ? 0 : best[half].column;
+  }
+}
+
 /// By a whole block: score and partner of rows [row, row + kTileA) of A. A metric of more than 16 * STEPS channels
 /// comes in chunks, for which the rows of A are loaded anew.
 template <int STEPS, typename T>
@@ -185,20 +205,7 @@ __device__ void match_rows(const Units& units, bool isolate, unsigned char* shar
       }
     }
   }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-      const Best other = {__shfl_xor_sync(0xFFFFFFFFu, best[half].score, distance),
-                          __shfl_xor_sync(0xFFFFFFFFu, best[half].column, distance)};
-      take_either(best[half], other);
-    }
-    const int i = row + half * 8 + lane / 4;
-    if (lane % 4 != 0 || i >= units.n_a) continue;
-    const bool lonely = isolate && !(units.state[i] & kHealthy);
-    score[i] = lonely ? kLowest : best[half].score;
-    partner[i] = lonely ? 0 : best[half].column;
-  }
+  write_best(units, isolate, row, best, score, partner);
 }
 
 }  // namespace

@@ -187,6 +187,31 @@ __device__ void write_plan(const Team& team, const Segment& s, const Workspace& 
   for (int i = team.thread(); i < length; i += team.threads()) assign[i] = first + w.new_row[assign[i]];
 }
 
+/// One iteration, in which r tokens merge at most; returns how many did. `vectors` holds the unit vectors and then,
+/// where next.metric is not null, the same memory the next metric.
+template <int STEPS, typename T>
+__device__ int iterate(const Team& team, const Segment& s, const Workspace& w, const PlanArgs& args, int r,
+                       uint32_t* vectors, const NextRows& next, unsigned char* shared) {
+  const int row_words = static_cast<int>(next.stride), num_channels = static_cast<int>(args.num_channels);
+  write_units<T>(team, s, num_channels, row_words, vectors, w.state, args.isolate);
+  team.barrier();
+  const Units units = {vectors, w.state, row_words, row_words / 16, s.n_a, s.n_b};
+  for (int row = team.rank * kTileA; row < s.n_a; row += team.size * kTileA) {
+    match_rows<STEPS, T>(units, args.isolate, shared, row, w.score, w.partner);
+  }
+  team.barrier();
+  find_neighbours(team, s, w);
+  team.barrier();
+  const int merging = rank_tokens(team, s, w, r, args, shared);
+  team.barrier();
+  list_merging(team, s, w, merging, shared);
+  float* const sums = next.metric ? next.metric + (s.n - merging) * next.stride : nullptr;
+  sum_chunks(team, s, w, merging, num_channels, sums, row_words);
+  team.barrier();
+  write_rows(team, s, w, num_channels, sums, next);
+  return merging;
+}
+
 /// Grid: `team` neighbouring blocks per segment.
 template <int STEPS, typename T>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -223,25 +248,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (r <= 0) continue;
     const int64_t side = done % 2 * args.num_tokens;
     uint32_t* const vectors = w.vectors + side * row_words;
-    write_units<T>(team, s, num_channels, row_words, vectors, w.state, args.isolate);
-    team.barrier();
-    const Units units = {vectors, w.state, row_words, row_words / 16, s.n_a, s.n_b};
-    for (int row = team.rank * kTileA; row < s.n_a; row += team.size * kTileA) {
-      match_rows<STEPS, T>(units, args.isolate, shared, row, w.score, w.partner);
-    }
-    team.barrier();
-    find_neighbours(team, s, w);
-    team.barrier();
-    const int merging = rank_tokens(team, s, w, r, args, shared);
-    team.barrier();
-    list_merging(team, s, w, merging, shared);
-    const bool last = iteration + 1 == live;
     auto* const metric = reinterpret_cast<float*>(vectors);
-    float* const sums = metric + int64_t{s.n - merging} * row_words;
-    sum_chunks(team, s, w, merging, num_channels, last ? nullptr : sums, row_words);
-    team.barrier();
+    const bool last = iteration + 1 == live;
     const NextRows next = {last ? nullptr : metric, row_words, w.size + side, w.anchor + side, w.is_protected + side};
-    write_rows(team, s, w, num_channels, sums, next);
+    const int merging = iterate<STEPS, T>(team, s, w, args, r, vectors, next, shared);
     for (int i = team.thread(); i < length; i += team.threads()) {
       const int row = w.new_row[assign[i]];
       if (row < 0) weight[i] = 0.0f;
