@@ -156,6 +156,51 @@ void cuda_tome_head_mean(uintptr_t x, int dtype, const std::array<int64_t, 7>& r
                  pointer<float>(metric), reinterpret_cast<cudaStream_t>(stream));
 }
 
+void cuda_tome_plan(uintptr_t metric, int64_t num_tokens, int64_t num_channels, uintptr_t cu_seqlens_in,
+                    uintptr_t cu_seqlens_out, int64_t num_segments, int64_t max_seqlen, uintptr_t r,
+                    int64_t num_iterations, uintptr_t size, uintptr_t is_protected, uintptr_t destination,
+                    std::optional<float> threshold, bool bf16, bool position_order, bool isolate, int64_t team,
+                    uintptr_t workspace, int64_t workspace_bytes, uintptr_t assign, uintptr_t weight,
+                    uintptr_t size_out, uintptr_t anchor, uintptr_t valid, uintptr_t stream) {
+  lrc::PlanArgs args = {};
+  args.metric = pointer<float>(metric);
+  args.num_tokens = num_tokens;
+  args.num_channels = num_channels;
+  args.cu_seqlens_in = pointer<int32_t>(cu_seqlens_in);
+  args.cu_seqlens_out = pointer<int32_t>(cu_seqlens_out);
+  args.num_segments = num_segments;
+  args.max_seqlen = max_seqlen;
+  args.r = pointer<int32_t>(r);
+  args.num_iterations = num_iterations;
+  args.size = pointer<float>(size);
+  args.is_protected = pointer<uint8_t>(is_protected);
+  args.destination = pointer<uint8_t>(destination);
+  args.has_threshold = threshold.has_value();
+  args.threshold = threshold.value_or(0.0f);
+  args.bf16 = bf16;
+  args.position_order = position_order;
+  args.isolate = isolate;
+  args.team = team;
+  args.workspace = pointer<void>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  args.assign = pointer<int32_t>(assign);
+  args.weight = pointer<float>(weight);
+  args.size_out = pointer<float>(size_out);
+  args.anchor = pointer<int32_t>(anchor);
+  args.valid = pointer<uint8_t>(valid);
+  lrc::plan_merge(args, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void cuda_tome_merge(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t assign,
+                     uintptr_t size, uintptr_t weight, uintptr_t cu_seqlens_in, uintptr_t cu_seqlens_out,
+                     int64_t num_segments, int64_t num_out, int reduction, uintptr_t y, uintptr_t stream) {
+  lrc::merge_rows(
+      {pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows), num_tokens, pointer<int32_t>(assign),
+       pointer<float>(size), pointer<float>(weight), pointer<int32_t>(cu_seqlens_in), pointer<int32_t>(cu_seqlens_out),
+       num_segments, num_out, static_cast<lrc::Reduction>(reduction), pointer<void>(y)},
+      reinterpret_cast<cudaStream_t>(stream));
+}
+
 void cuda_tome_gather(uintptr_t y, int dtype, uintptr_t assign, uintptr_t size, uintptr_t weight,
                       const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t x, uintptr_t stream) {
   lrc::gather_rows(pointer<void>(y), static_cast<lrc::DType>(dtype), pointer<int32_t>(assign), pointer<float>(size),
@@ -268,6 +313,17 @@ PYBIND11_MODULE(_C, m) {
         "None where the kernels run on the current device, else the reason.");
   m.def("cuda_tome_head_mean", &cuda_tome_head_mean, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"),
         py::arg("num_tokens"), py::arg("num_heads"), py::arg("metric"), py::arg("stream"));
+  m.def("cuda_tome_plan_workspace_bytes", &lrc::plan_workspace_bytes, py::arg("num_tokens"), py::arg("num_channels"));
+  m.def("cuda_tome_plan", &cuda_tome_plan, NoGil(), py::arg("metric"), py::arg("num_tokens"), py::arg("num_channels"),
+        py::arg("cu_seqlens_in"), py::arg("cu_seqlens_out"), py::arg("num_segments"), py::arg("max_seqlen"),
+        py::arg("r"), py::arg("num_iterations"), py::arg("size"), py::arg("is_protected"), py::arg("destination"),
+        py::arg("threshold"), py::arg("bf16"), py::arg("position_order"), py::arg("isolate"), py::arg("team"),
+        py::arg("workspace"), py::arg("workspace_bytes"), py::arg("assign"), py::arg("weight"), py::arg("size_out"),
+        py::arg("anchor"), py::arg("valid"), py::arg("stream"));
+  m.def("cuda_tome_merge", &cuda_tome_merge, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"),
+        py::arg("num_tokens"), py::arg("assign"), py::arg("size"), py::arg("weight"), py::arg("cu_seqlens_in"),
+        py::arg("cu_seqlens_out"), py::arg("num_segments"), py::arg("num_out"), py::arg("reduction"), py::arg("y"),
+        py::arg("stream"));
   m.def("cuda_tome_gather", &cuda_tome_gather, NoGil(), py::arg("y"), py::arg("dtype"), py::arg("assign"),
         py::arg("size"), py::arg("weight"), py::arg("rows"), py::arg("num_tokens"), py::arg("x"), py::arg("stream"));
   m.def("cuda_attention_merge_partials", &cuda_attention_merge_partials, NoGil(), py::arg("first"), py::arg("second"),

@@ -138,6 +138,50 @@ def cuda_device_status() -> str | None: ...
 def cuda_tome_head_mean(
     x: int, dtype: int, rows: TokenRows, num_tokens: int, num_heads: int, metric: int, stream: int
 ) -> None: ...
+def cuda_tome_plan_workspace_bytes(num_tokens: int, num_channels: int) -> int: ...
+def cuda_tome_plan(
+    metric: int,
+    num_tokens: int,
+    num_channels: int,
+    cu_seqlens_in: int,
+    cu_seqlens_out: int,
+    num_segments: int,
+    max_seqlen: int,
+    r: int,
+    num_iterations: int,
+    size: int,
+    is_protected: int,
+    destination: int,
+    threshold: float | None,
+    bf16: bool,
+    position_order: bool,
+    isolate: bool,
+    team: int,
+    workspace: int,
+    workspace_bytes: int,
+    assign: int,
+    weight: int,
+    size_out: int,
+    anchor: int,
+    valid: int,
+    stream: int,
+) -> None: ...
+def cuda_tome_merge(
+    x: int,
+    dtype: int,
+    rows: TokenRows,
+    num_tokens: int,
+    assign: int,
+    size: int,
+    weight: int,
+    cu_seqlens_in: int,
+    cu_seqlens_out: int,
+    num_segments: int,
+    num_out: int,
+    reduction: int,
+    y: int,
+    stream: int,
+) -> None: ...
 def cuda_tome_gather(
     y: int,
     dtype: int,

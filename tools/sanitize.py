@@ -24,7 +24,7 @@ from lrc_kernels.token_dropout import (
     query_rows,
     select_tokens,
 )
-from lrc_kernels.tome import TokenLayout, head_mean, merge_tokens, plan_merge, unmerge_tokens
+from lrc_kernels.tome import TokenLayout, head_mean, merge_budget, merge_tokens, plan_merge, unmerge_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -67,11 +67,22 @@ def tome_calls(dtype: torch.dtype, tokens: int, width: int) -> dict[str, Callabl
     metric, vit_metric = (m.detach() for m in (head_mean(x, 4), head_mean(vit, 4, layout=layout)))
     y = features(16, width)
     plan, vit_plan = plan_merge(metric, target=8), plan_merge(vit_metric, target=4)
+    ragged = merge_budget(VarlenLayout([2 * tokens - 3, 0, 3], DEVICE), r=[9, tokens // 2], num_protected=1)
+    weights = torch.rand(2 * tokens, device=DEVICE)
+    protected = torch.arange(2 * tokens, device=DEVICE) == 7
+    destination = torch.arange(2 * tokens, device=DEVICE) % 4 == 2
     return {
         "head_mean": lambda: head_mean(x, 4),
         "head_mean in place": lambda: head_mean(vit, 4, layout=layout),
         "plan_merge": lambda: plan_merge(metric, target=8).size,
+        "plan_merge, protected, by position": lambda: (
+            plan_merge(metric.flatten(0, 1), ragged, size=weights, protected=protected, order="position").size
+        ),
+        "plan_merge, destination, threshold": lambda: (
+            plan_merge(metric, r=tokens // 4, destination=destination, threshold=0.1, precision="bf16").size
+        ),
         "merge_tokens": lambda: merge_tokens(x, plan),
+        "merge_tokens, max": lambda: merge_tokens(x, plan, reduce="max"),
         "merge_tokens in place": lambda: merge_tokens(vit, vit_plan, layout=layout),
         "unmerge_tokens": lambda: unmerge_tokens(y, plan),
     }

@@ -56,10 +56,10 @@ inline RowIndex checked_rows(const TokenRows& rows, int64_t num_tokens) {
   return index;
 }
 
-/// Whether every piece can be moved in vectors of `size` elements, 16 bytes.
-inline bool rows_are_aligned(const RowIndex& rows, const void* pointer, int size) {
+/// Whether every piece can be moved in vectors of `size` elements, `bytes` bytes.
+inline bool rows_are_aligned(const RowIndex& rows, const void* pointer, int size, int bytes = 16) {
   return rows.width % size == 0 && rows.frame_stride % size == 0 && rows.row_stride % size == 0 &&
-         is_aligned(pointer, 16);
+         is_aligned(pointer, bytes);
 }
 
 }  // namespace lrc

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -198,6 +200,166 @@ def cuda_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
         stream = torch.cuda.current_stream().cuda_stream
         C.cuda_tome_head_mean(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, num_heads, metric.data_ptr(), stream)
     return metric
+
+
+# As `lrc::Reduction` numbers them.
+_REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
+# Tokens of a segment up to which the CUDA plan goes, `lrc::kMaxPlanTokens`.
+_MAX_PLAN_TOKENS = 65536
+# Multiply-adds of the first iteration that one block may do while most of the device idles: about half a millisecond.
+_MAX_BLOCK_WORK = 2**26
+
+
+@functools.cache
+def _device_shape(device: int) -> tuple[int, int]:
+    """(multiprocessors, major compute capability)."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major
+
+
+def plan_team(num_segments: int, max_seqlen: int, num_multiprocessors: int, has_clusters: bool) -> int:
+    """Blocks that share a segment in the CUDA plan: as many as the device holds at once, 8 at most, and no more than
+    there are tiles of 128 rows of set A. The plan is the same for any number."""
+    team = 1
+    while has_clusters and team < 8 and 2 * team * num_segments <= num_multiprocessors:
+        if (2 * team - 1) * 256 >= max_seqlen:
+            break
+        team *= 2
+    return team
+
+
+def declines_plan_work(
+    num_segments: int, max_seqlen: int, width: int, num_multiprocessors: int, has_clusters: bool
+) -> str | None:
+    """Why tiled launches (Triton) plan faster than one block or cluster per segment, or None."""
+    blocks = num_segments * plan_team(num_segments, max_seqlen, num_multiprocessors, has_clusters)
+    work = num_segments * (max_seqlen // 2) ** 2 * width // max(1, blocks)
+    if 2 * blocks >= num_multiprocessors or work <= _MAX_BLOCK_WORK:
+        return None
+    return (
+        f"{num_segments} segments of up to {max_seqlen} tokens occupy {blocks} of {num_multiprocessors} "
+        f"multiprocessors with {work} multiply-adds each, more than {_MAX_BLOCK_WORK}"
+    )
+
+
+def cuda_supports_plan(
+    metric: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    r: Tensor,
+    size: Tensor | None,
+    protected: Tensor | None,
+    destination: Tensor | None,
+    num_out: int,
+    max_seqlen: int,
+    threshold: float | None,
+    precision: str,
+    order: str,
+    zero_policy: str,
+    num_heads: int,
+) -> str | None:
+    if precision == "eager_bf16" or num_heads != 1:
+        return f"precision={precision!r} with num_heads={num_heads} runs on the features themselves"
+    if threshold is not None and zero_policy == "reference":
+        return "a threshold with zero_policy='reference', under which NaN similarities rank first and never reach it"
+    if destination is not None and r.shape[0] > 1:
+        return f"destination fixes set B of one iteration, got {r.shape[0]}"
+    if metric.shape[1] == 0:
+        return "metric must have one channel at least, got none"
+    if max_seqlen > _MAX_PLAN_TOKENS:
+        return f"max_seqlen must be <= {_MAX_PLAN_TOKENS}, got {max_seqlen}"
+    if (reason := declines_dtype("metric", metric) or cuda_device_status(metric.device.index)) is not None:
+        return reason
+    multiprocessors, major = _device_shape(metric.device.index)
+    return declines_plan_work(r.shape[1], max_seqlen, metric.shape[1], multiprocessors, major >= 9)
+
+
+def cuda_plan(
+    metric: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    r: Tensor,
+    size: Tensor | None,
+    protected: Tensor | None,
+    destination: Tensor | None,
+    num_out: int,
+    max_seqlen: int,
+    threshold: float | None,
+    precision: str,
+    order: str,
+    zero_policy: str,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (total, width), (num_iterations, num_segments), device = metric.shape, r.shape, metric.device
+    metric, r = metric.float().contiguous(), r.to(torch.int32).contiguous()
+    cu_in, cu_out = cu_seqlens_in.to(torch.int32).contiguous(), cu_seqlens_out.to(torch.int32).contiguous()
+    size = None if size is None else size.float().contiguous()
+    protected = None if protected is None else protected.contiguous()
+    destination = None if destination is None else destination.contiguous()
+    assign = torch.empty(total, dtype=torch.int32, device=device)
+    weight = torch.empty(total, dtype=torch.float32, device=device)
+    size_out = torch.empty(num_out, dtype=torch.float32, device=device)
+    anchor = torch.empty(num_out, dtype=torch.int32, device=device)
+    valid = torch.empty(num_out, dtype=torch.bool, device=device)
+    if total == 0:
+        return assign, size_out, weight, anchor, valid
+    workspace = torch.empty(C.cuda_tome_plan_workspace_bytes(total, width), dtype=torch.uint8, device=device)
+    multiprocessors, major = _device_shape(device.index)
+    team = plan_team(num_segments, max_seqlen, multiprocessors, major >= 9)
+    with torch.cuda.device(device):
+        C.cuda_tome_plan(
+            *(metric.data_ptr(), total, width, cu_in.data_ptr(), cu_out.data_ptr(), num_segments, max_seqlen),
+            *(r.data_ptr(), num_iterations, pointer(size), pointer(protected), pointer(destination), threshold),
+            *(precision == "bf16", order == "position", zero_policy == "isolate", team),
+            *(workspace.data_ptr(), workspace.numel()),
+            *(assign.data_ptr(), weight.data_ptr(), size_out.data_ptr(), anchor.data_ptr(), valid.data_ptr()),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return assign, size_out, weight, anchor, valid
+
+
+def cuda_supports_merge(
+    x: Tensor,
+    assign: Tensor,
+    size: Tensor,
+    weight: Tensor | None,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    num_out: int,
+    max_seqlen: int,
+    reduce: str,
+    binary_weight: bool,
+    layout: list[int],
+) -> str | None:
+    return declines_dtype("x", x) or cuda_device_status(x.device.index)
+
+
+def cuda_merge(
+    x: Tensor,
+    assign: Tensor,
+    size: Tensor,
+    weight: Tensor | None,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    num_out: int,
+    max_seqlen: int,
+    reduce: str,
+    binary_weight: bool,
+    layout: list[int],
+) -> Tensor:
+    x = _unit_channel_stride(x)
+    num_tokens, rows = _token_rows(x, layout)
+    assign, size = assign.contiguous(), size.float().contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    cu_in, cu_out = cu_seqlens_in.to(torch.int32).contiguous(), cu_seqlens_out.to(torch.int32).contiguous()
+    y = torch.empty(num_out, rows[0] * rows[1] ** 2, dtype=x.dtype, device=x.device)
+    with torch.cuda.device(x.device):
+        C.cuda_tome_merge(
+            *(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, assign.data_ptr(), size.data_ptr(), pointer(weight)),
+            *(cu_in.data_ptr(), cu_out.data_ptr(), cu_in.numel() - 1, num_out, _REDUCTIONS[reduce]),
+            *(y.data_ptr(), torch.cuda.current_stream().cuda_stream),
+        )
+    return y
 
 
 def cuda_supports_gather(

@@ -14,6 +14,8 @@ void check_warp_features(const int*, int*, unsigned*, int*, int*, int, int);
 void check_deadlock(float*);
 void check_positions(void*, const int64_t*);
 void check_round_trip(const float*, float*, int, int);
+void check_matrix_product(const void*, const void*, float*, int, int);
+void check_cluster_sum(const int*, int*, int*, int, int, int);
 }
 
 namespace {
@@ -61,6 +63,12 @@ const char* host_positions(void* out, const int64_t* sizes) {
 const char* host_round_trip(const float* x, float* out, int n, int dtype) {
   return guarded([&] { check_round_trip(x, out, n, dtype); });
 }
+const char* host_matrix_product(const void* a, const void* b, float* d, int bf16, int wait) {
+  return guarded([&] { check_matrix_product(a, b, d, bf16, wait); });
+}
+const char* host_cluster_sum(const int* x, int* scratch, int* out, int blocks, int cluster, int synchronise) {
+  return guarded([&] { check_cluster_sum(x, scratch, out, blocks, cluster, synchronise); });
+}
 
 const char* host_head_mean(const void* x, int dtype, const int64_t* rows, int64_t num_tokens, int64_t num_heads,
                            float* metric) {
@@ -72,6 +80,54 @@ const char* host_gather_rows(const void* y, int dtype, const int32_t* assign, co
                              const int64_t* rows, int64_t num_tokens, void* x) {
   return guarded([&] {
     lrc::gather_rows(y, static_cast<lrc::DType>(dtype), assign, size, weight, rows_of(rows), num_tokens, x, nullptr);
+  });
+}
+const char* host_plan_merge(const float* metric, int64_t num_tokens, int64_t num_channels, const int32_t* cu_in,
+                            const int32_t* cu_out, int64_t num_segments, int64_t max_seqlen, const int32_t* r,
+                            int64_t num_iterations, const float* size, const uint8_t* is_protected,
+                            const uint8_t* destination, const float* threshold, int64_t bf16, int64_t position_order,
+                            int64_t isolate, int64_t team, int32_t* assign, float* weight, float* size_out,
+                            int32_t* anchor, uint8_t* valid) {
+  return guarded([&] {
+    const int64_t bytes = lrc::plan_workspace_bytes(num_tokens, num_channels);
+    // 0xFF: NaN and -1 where nobody wrote.
+    std::vector<unsigned char> memory(bytes + 256, 0xFF);
+    void* const workspace = memory.data() + (256 - reinterpret_cast<uintptr_t>(memory.data()) % 256) % 256;
+    lrc::plan_merge({metric,
+                     num_tokens,
+                     num_channels,
+                     cu_in,
+                     cu_out,
+                     num_segments,
+                     max_seqlen,
+                     r,
+                     num_iterations,
+                     size,
+                     is_protected,
+                     destination,
+                     threshold != nullptr,
+                     threshold ? *threshold : 0.0f,
+                     bf16 != 0,
+                     position_order != 0,
+                     isolate != 0,
+                     team,
+                     workspace,
+                     bytes,
+                     assign,
+                     weight,
+                     size_out,
+                     anchor,
+                     valid},
+                    nullptr);
+  });
+}
+const char* host_merge_rows(const void* x, int dtype, const int64_t* rows, int64_t num_tokens, const int32_t* assign,
+                            const float* size, const float* weight, const int32_t* cu_in, const int32_t* cu_out,
+                            int64_t num_segments, int64_t num_out, int reduction, void* y) {
+  return guarded([&] {
+    lrc::merge_rows({x, static_cast<lrc::DType>(dtype), rows_of(rows), num_tokens, assign, size, weight, cu_in, cu_out,
+                     num_segments, num_out, static_cast<lrc::Reduction>(reduction), y},
+                    nullptr);
   });
 }
 

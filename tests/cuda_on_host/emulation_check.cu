@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels that use each feature of the emulation, right and wrong, with a C interface; plain CUDA C++, so that nvcc
 // compiles this file too.
-#include "lrc/common.cuh"
+#include "lrc/matrix.cuh"
 
 namespace {
 
@@ -74,9 +74,60 @@ __global__ void round_trip_kernel(const float* x, float* out, int n) {
   if (i < n) out[i] = lrc::to_float(lrc::from_float<T>(x[i]));
 }
 
+/// d [16, 8] += a [16, 16] * b [8, 16]^T by one warp: rows copied to shared memory, fragments, one matrix product.
+/// `wait` false plants a read of copies that nobody waited for.
+template <typename T>
+__global__ void matrix_product_kernel(const T* a, const T* b, float* d, bool wait) {
+  LRC_DYNAMIC_SHARED(T, tile);
+  const int lane = threadIdx.x;
+  lrc::start_copy(tile + lane * 8, a + lane * 8);
+  if (lane < 16) lrc::start_copy(tile + 256 + lane * 8, b + lane * 8);
+  lrc::close_copies();
+  if (wait) lrc::wait_copies<0>();
+  __syncthreads();
+  // Matrices: rows 0-7 and 8-15 of a at k = 0, then both at k = 8; of b both halves of k, twice.
+  uint32_t rows[4], columns[4];
+  lrc::load_matrices(rows, tile + (lane % 16) * 16 + lane / 16 * 8);
+  lrc::load_matrices(columns, tile + 256 + (lane % 8) * 16 + lane / 8 % 2 * 8);
+  const uint32_t both[2] = {columns[0], columns[1]};
+  float sum[4];
+  float* const target = d + lane / 4 * 8 + lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) sum[i] = target[i / 2 * 64 + i % 2];
+  lrc::multiply_add<T>(sum, rows, both);
+  for (int i = 0; i < 4; ++i) target[i / 2 * 64 + i % 2] = sum[i];
+}
+
+/// Every block of a cluster adds up what all of its blocks wrote; `synchronise` false plants a race.
+__global__ void cluster_sum_kernel(const int* x, int* scratch, int* out, int cluster, bool synchronise) {
+  LRC_DYNAMIC_SHARED(int, own);
+  const int first = blockIdx.x / cluster * cluster;
+  if (threadIdx.x == 0) *own = x[blockIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 1) scratch[blockIdx.x] = *own;
+  if (synchronise) lrc::cluster_barrier();
+  int sum = 0;
+  for (int i = 0; i < cluster; ++i) sum += scratch[first + i];
+  if (threadIdx.x == 2) out[blockIdx.x] = sum;
+}
+
 }  // namespace
 
 extern "C" {
+
+void check_matrix_product(const void* a, const void* b, float* d, int bf16, int wait) {
+  if (bf16) {
+    lrc::launch("matrix_product", matrix_product_kernel<__nv_bfloat16>, dim3(1), dim3(32), 768, nullptr,
+                static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b), d, wait != 0);
+  } else {
+    lrc::launch("matrix_product", matrix_product_kernel<__half>, dim3(1), dim3(32), 768, nullptr,
+                static_cast<const __half*>(a), static_cast<const __half*>(b), d, wait != 0);
+  }
+}
+
+void check_cluster_sum(const int* x, int* scratch, int* out, int blocks, int cluster, int synchronise) {
+  lrc::launch_clusters("cluster_sum", cluster_sum_kernel, dim3(blocks), dim3(32), cluster, sizeof(int), nullptr, x,
+                       scratch, out, cluster, synchronise != 0);
+}
 
 void check_block_sum(const float* x, float* out, int blocks, int threads, int n) {
   lrc::launch("block_sum", block_sum_kernel, dim3(blocks), dim3(threads), 0, nullptr, x, out, n);

@@ -87,6 +87,34 @@ def test_conversions_round_as_torch_does(host_kernels, dtype, code):
     assert torch.equal(out[kept].view(torch.int32), wanted[kept].view(torch.int32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrix_product(host_kernels, dtype):
+    a, b, d = torch.randn(16, 16).to(dtype), torch.randn(8, 16).to(dtype), torch.randn(16, 8)
+    wanted = d.double() + a.double() @ b.double().T
+    host_kernels.call("matrix_product", a, b, d, dtype == torch.bfloat16, 1)
+    torch.testing.assert_close(d.double(), wanted, rtol=1e-6, atol=1e-5)
+
+
+def test_copies_arrive_only_when_they_are_waited_for(host_kernels):
+    a, b, d = torch.ones(16, 16, dtype=torch.float16), torch.ones(8, 16, dtype=torch.float16), torch.zeros(16, 8)
+    host_kernels.call("matrix_product", a, b, d, 0, 0)
+    assert bool(d.isnan().all())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_blocks_of_a_cluster_run_together(host_kernels, reverse):
+    x, scratch = torch.arange(12, dtype=torch.int32), torch.full((12,), -1000, dtype=torch.int32)
+    out = torch.empty(12, dtype=torch.int32)
+    host_kernels.call("cluster_sum", x, scratch, out, 12, 4, 1, reverse=reverse)
+    wanted = x.view(3, 4).sum(1).repeat_interleave(4).int()
+    assert torch.equal(out, wanted)
+    scratch.fill_(-1000)
+    host_kernels.call("cluster_sum", x, scratch, out, 12, 4, 0, reverse=reverse)
+    assert not torch.equal(out, wanted)
+    with pytest.raises(RuntimeError, match="cluster_sum: invalid configuration argument"):
+        host_kernels.call("cluster_sum", x, scratch, out, 12, 5, 1)
+
+
 def test_unknown_dtype(host_kernels):
     with pytest.raises(RuntimeError, match=r"dtype must be 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\), got 7"):
         host_kernels.call("round_trip", torch.empty(1), torch.empty(1), 1, 7)

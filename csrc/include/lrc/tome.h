@@ -22,4 +22,79 @@ void head_mean(const void* x, DType dtype, const TokenRows& rows, int64_t num_to
 void gather_rows(const void* y, DType dtype, const int32_t* assign, const float* size, const float* weight,
                  const TokenRows& rows, int64_t num_tokens, void* x, cudaStream_t stream);
 
+/// Bipartite soft matching of packed segments, all iterations of all segments in one launch; see lrc_kernels.tome.
+struct PlanArgs {
+  /// fp32 [num_tokens, num_channels], contiguous.
+  const float* metric;
+  int64_t num_tokens;
+  int64_t num_channels;
+  /// int32 [num_segments + 1]: first token and first output row of each segment.
+  const int32_t* cu_seqlens_in;
+  const int32_t* cu_seqlens_out;
+  int64_t num_segments;
+  /// An upper bound of a segment's tokens.
+  int64_t max_seqlen;
+  /// int32 [num_iterations, num_segments]: tokens to merge.
+  const int32_t* r;
+  int64_t num_iterations;
+  /// [num_tokens] or null: weights (ones), flags of protected tokens (none), flags of set B (the odd tokens).
+  const float* size;
+  const uint8_t* is_protected;
+  const uint8_t* destination;
+  bool has_threshold;
+  float threshold;
+  /// Round metric, norms and scores to bf16, instead of deciding as fp32 does.
+  bool bf16;
+  /// Rows in ascending order of their anchors.
+  bool position_order;
+  /// Zero and non-finite tokens have similarity -inf, and weight 0 if they have to merge.
+  bool isolate;
+  /// Blocks that share a segment: 1, or on sm_90 up to 8. The result does not depend on it.
+  int64_t team;
+  /// plan_workspace_bytes(num_tokens, num_channels) bytes, a multiple of 256 the address.
+  void* workspace;
+  int64_t workspace_bytes;
+  /// [num_tokens]: packed output row and weight. [num_out]: total weight, segment-local anchor, whether the row is
+  /// real.
+  int32_t* assign;
+  float* weight;
+  float* size_out;
+  int32_t* anchor;
+  uint8_t* valid;
+};
+
+/// Tokens of a segment up to which plan_merge goes.
+constexpr int64_t kMaxPlanTokens = 65536;
+
+int64_t plan_workspace_bytes(int64_t num_tokens, int64_t num_channels);
+
+void plan_merge(const PlanArgs& args, cudaStream_t stream);
+
+enum class Reduction : int { kSum = 0, kMean = 1, kMax = 2 };
+
+/// y[j] = sum, sum / size[j] or maximum over the tokens with assign[i] = j, of weight[i] * x[i] (the maximum of x[i]
+/// alone), in fp32 in ascending order of i, rounded once. Tokens of weight 0 are left out, whatever they hold; a row
+/// without weight is 0.
+struct MergeArgs {
+  const void* x;
+  DType dtype;
+  TokenRows rows;
+  int64_t num_tokens;
+  /// int32 [num_tokens], packed output rows; within a segment those of its rows.
+  const int32_t* assign;
+  /// fp32 [num_out], and fp32 [num_tokens] or null (ones).
+  const float* size;
+  const float* weight;
+  /// int32 [num_segments + 1]: first token and first output row of each segment.
+  const int32_t* cu_seqlens_in;
+  const int32_t* cu_seqlens_out;
+  int64_t num_segments;
+  int64_t num_out;
+  Reduction reduction;
+  /// Of x's dtype, [num_out, token width], contiguous.
+  void* y;
+};
+
+void merge_rows(const MergeArgs& args, cudaStream_t stream);
+
 }  // namespace lrc

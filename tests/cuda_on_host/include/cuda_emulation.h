@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs CUDA C++ on the host: .cu files compiled by a C++ compiler as they are, against this header instead of the CUDA
-// toolkit's. One block at a time, its threads as fibers on one OS thread, switched only where a thread waits, so every
-// run is deterministic. The order of threads can be reversed: a race between two barriers then changes the result.
-// For tests only: tensor-core and bulk-copy instructions, streams and textures are not here.
+// toolkit's. One block or cluster at a time, its threads as fibers on one OS thread, switched only where a thread
+// waits, so every run is deterministic. The order of threads can be reversed: a race between two barriers changes the
+// result. For tests only: streams and textures are not here. What device code calls is in cuda_device_emulation.h and
+// cuda_matrix_emulation.h.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +33,8 @@
 #define __constant__ static
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-// Blocks run one after the other, so one static object is the shared memory of each in turn.
+// Blocks run one after the other, so one static object is the shared memory of each in turn (not of a cluster's
+// blocks).
 #define __shared__ static
 #define LRC_DYNAMIC_SHARED(TYPE, NAME) TYPE* const NAME = reinterpret_cast<TYPE*>(emulation::dynamic_shared())
 
@@ -82,7 +84,15 @@ enum cudaError_t {
 };
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
-struct cudaLaunchAttribute {};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -105,6 +115,8 @@ constexpr unsigned kMaxThreads = 1024;
 /// True: the last thread and the last block run first.
 inline bool reverse_order = false;
 inline std::string last_error;
+/// Dynamic shared memory that a kernel asked for; without that it may have 48 KiB.
+inline std::map<const void*, size_t> shared_limits;
 
 /// A wait of some lanes of a warp for each other: a shuffle, a vote or __syncwarp.
 struct WarpExchange {
@@ -120,9 +132,21 @@ struct Fiber {
   std::vector<char> stack;
   bool done = true;
   const char* waits_for = nullptr;
+  /// The counter that has to move on before this thread can.
+  const uint64_t* awaited = nullptr;
+  uint64_t seen = 0;
   void* fake_stack = nullptr;
+  /// Copies in flight, by group; the last group is still open.
+  std::vector<std::vector<std::pair<void*, const void*>>> copies;
 };
 
+struct Barrier {
+  unsigned waiting = 0, alive = 0;
+  int count = 0, result = 0;
+  uint64_t generation = 0;
+};
+
+/// A block, or the blocks of a cluster: the threads that run at the same time.
 struct Block {
   std::vector<Fiber> fibers;
   std::function<void()> body;
@@ -133,14 +157,19 @@ struct Block {
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   std::exception_ptr error;
-  unsigned current = 0, alive = 0, at_barrier = 0;
-  uint64_t barrier_generation = 0, progress = 0;
-  int barrier_count = 0, barrier_result = 0;
+  unsigned current = 0, alive = 0, threads_of_block = 0;
+  uint64_t progress = 0;
+  uint3 first_index;
+  /// One for each block, and one for the cluster.
+  std::vector<Barrier> barriers;
+  Barrier cluster_barrier;
+
+  unsigned rank() const { return current / threads_of_block; }
 };
 inline Block block;
 
 inline void* dynamic_shared() {
-  return block.shared.data();
+  return block.shared.data() + block.rank() * (block.shared.size() / block.barriers.size());
 }
 
 inline void start_switch(void** save, const void* stack, size_t bytes) {
@@ -166,12 +195,23 @@ inline void yield() {
   finish_switch(fiber.fake_stack, &block.scheduler_stack, &block.scheduler_stack_bytes);
 }
 
-inline void release_barrier_if_complete() {
-  if (block.at_barrier > 0 && block.at_barrier == block.alive) {
-    block.at_barrier = 0;
-    block.barrier_result = block.barrier_count;
-    block.barrier_count = 0;
-    ++block.barrier_generation;
+/// Switches to other threads until `counter` moves on from `seen`.
+inline void wait(const char* what, const uint64_t& counter, uint64_t seen) {
+  Fiber& fiber = block.fibers[block.current];
+  fiber.waits_for = what;
+  fiber.awaited = &counter;
+  fiber.seen = seen;
+  while (counter == seen) yield();
+  fiber.waits_for = nullptr;
+  fiber.awaited = nullptr;
+}
+
+inline void release_if_complete(Barrier& barrier) {
+  if (barrier.waiting > 0 && barrier.waiting == barrier.alive) {
+    barrier.waiting = 0;
+    barrier.result = barrier.count;
+    barrier.count = 0;
+    ++barrier.generation;
     ++block.progress;
   }
 }
@@ -187,22 +227,27 @@ inline void fiber_main() {
   fiber.done = true;
   --block.alive;
   ++block.progress;
-  release_barrier_if_complete();
+  for (Barrier* barrier : {&block.barriers[block.rank()], &block.cluster_barrier}) {
+    --barrier->alive;
+    release_if_complete(*barrier);
+  }
   start_switch(nullptr, block.scheduler_stack, block.scheduler_stack_bytes);
   swapcontext(&fiber.context, &block.scheduler);
 }
 
-/// Waits for every thread of the block that has not returned; the number of threads whose predicate holds.
-inline int barrier(int predicate) {
-  const uint64_t generation = block.barrier_generation;
-  ++block.at_barrier;
+/// Waits for every thread of the block (or cluster) that has not returned; how many of their predicates hold.
+inline int arrive(const char* operation, Barrier& barrier, int predicate) {
+  const uint64_t generation = barrier.generation;
+  ++barrier.waiting;
   ++block.progress;
-  block.barrier_count += predicate != 0;
-  release_barrier_if_complete();
-  block.fibers[block.current].waits_for = "__syncthreads";
-  while (block.barrier_generation == generation) yield();
-  block.fibers[block.current].waits_for = nullptr;
-  return block.barrier_result;
+  barrier.count += predicate != 0;
+  release_if_complete(barrier);
+  wait(operation, barrier.generation, generation);
+  return barrier.result;
+}
+
+inline int barrier(int predicate) {
+  return arrive("__syncthreads", block.barriers[block.rank()], predicate);
 }
 
 /// Gives `value` to the other lanes of `mask` and waits for theirs; the array of all lanes' values.
@@ -228,16 +273,15 @@ inline const uint64_t* exchange(const char* operation, uint32_t mask, uint64_t v
     slot.arrived = 0;
     ++slot.generation;
   }
-  block.fibers[block.current].waits_for = operation;
-  while (slot.generation == generation) yield();
-  block.fibers[block.current].waits_for = nullptr;
+  wait(operation, slot.generation, generation);
   return slot.values;
 }
 
 inline void resume(unsigned index) {
   block.current = index;
-  const unsigned plane = blockDim.x * blockDim.y;
-  threadIdx = {index % blockDim.x, index % plane / blockDim.x, index / plane};
+  const unsigned plane = blockDim.x * blockDim.y, thread = index % block.threads_of_block;
+  threadIdx = {thread % blockDim.x, thread % plane / blockDim.x, thread / plane};
+  blockIdx = {block.first_index.x + block.rank(), block.first_index.y, block.first_index.z};
   Fiber& fiber = block.fibers[index];
   start_switch(&block.scheduler_fake_stack, fiber.stack.data(), fiber.stack.size());
   swapcontext(&block.scheduler, &fiber.context);
@@ -256,20 +300,26 @@ inline std::string describe_waits() {
   return text;
 }
 
-/// Runs block.body once for each thread of the block at blockIdx.
-inline void run_block() {
-  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+/// Runs block.body once for each thread of `cluster` blocks from block.first_index on.
+inline void run_block(unsigned cluster) {
+  block.threads_of_block = blockDim.x * blockDim.y * blockDim.z;
+  const unsigned threads = cluster * block.threads_of_block;
   block.fibers.resize(threads);
   block.exchanges.clear();
   block.error = nullptr;
-  block.at_barrier = block.barrier_count = 0;
   block.alive = threads;
+  block.barriers.assign(cluster, Barrier{});
+  for (Barrier& barrier : block.barriers) barrier.alive = block.threads_of_block;
+  block.cluster_barrier = Barrier{};
+  block.cluster_barrier.alive = threads;
   // 0xFF bytes are NaN in every floating type: memory that no thread of this block wrote shows in the result.
   std::memset(block.shared.data(), 0xFF, block.shared.size() * sizeof(uint64_t));
   for (Fiber& fiber : block.fibers) {
     fiber.stack.resize(kStackBytes);
     fiber.done = false;
     fiber.waits_for = nullptr;
+    fiber.awaited = nullptr;
+    fiber.copies.assign(1, {});
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -280,7 +330,8 @@ inline void run_block() {
     const uint64_t before = block.progress;
     for (unsigned i = 0; i < threads; ++i) {
       const unsigned index = reverse_order ? threads - 1 - i : i;
-      if (!block.fibers[index].done) resume(index);
+      const Fiber& fiber = block.fibers[index];
+      if (!fiber.done && !(fiber.awaited && *fiber.awaited == fiber.seen)) resume(index);
       if (block.error) std::rethrow_exception(block.error);
     }
     if (block.progress == before) throw std::runtime_error("deadlock: " + describe_waits());
@@ -290,19 +341,28 @@ inline void run_block() {
 inline void run_grid(const cudaLaunchConfig_t& config) {
   gridDim = config.gridDim;
   blockDim = config.blockDim;
-  block.shared.resize((config.dynamicSmemBytes + 7) / 8);
-  const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t index = reverse_order ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(index % gridDim.x), static_cast<unsigned>(index / gridDim.x % gridDim.y),
-                static_cast<unsigned>(index / gridDim.x / gridDim.y)};
+  const unsigned cluster = config.numAttrs > 0 ? config.attrs[0].val.clusterDim.x : 1;
+  block.shared.resize(cluster * ((config.dynamicSmemBytes + 15) / 16 * 2));
+  const uint64_t steps = uint64_t{gridDim.x} * gridDim.y * gridDim.z / cluster;
+  for (uint64_t i = 0; i < steps; ++i) {
+    const uint64_t index = (reverse_order ? steps - 1 - i : i) * cluster;
+    block.first_index = {static_cast<unsigned>(index % gridDim.x), static_cast<unsigned>(index / gridDim.x % gridDim.y),
+                         static_cast<unsigned>(index / gridDim.x / gridDim.y)};
     try {
-      run_block();
+      run_block(cluster);
     } catch (const std::exception& error) {
       throw std::runtime_error("block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
                                std::to_string(blockIdx.z) + "): " + error.what());
     }
   }
+}
+
+/// Clusters along x of at most 8 blocks of whole warps, which fill the grid.
+inline bool clusters_fit(const cudaLaunchConfig_t& config) {
+  if (config.numAttrs == 0) return true;
+  const auto& size = config.attrs[0].val.clusterDim;
+  return config.numAttrs == 1 && size.y == 1 && size.z == 1 && size.x >= 1 && size.x <= 8 &&
+         config.gridDim.x % size.x == 0 && config.blockDim.x * config.blockDim.y * config.blockDim.z % warpSize == 0;
 }
 
 template <typename T>
@@ -338,8 +398,11 @@ template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const dim3 grid = config->gridDim, threads = config->blockDim;
   const uint64_t count = uint64_t{threads.x} * threads.y * threads.z;
+  const auto asked = emulation::shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const size_t limit = asked == emulation::shared_limits.end() ? 48 * 1024 : std::max<size_t>(asked->second, 48 * 1024);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535 ||
-      count == 0 || count > emulation::kMaxThreads || config->dynamicSmemBytes > emulation::kMaxSharedBytes) {
+      count == 0 || count > emulation::kMaxThreads || config->dynamicSmemBytes > limit ||
+      !emulation::clusters_fit(*config)) {
     emulation::last_error = "invalid configuration argument";
     return cudaErrorInvalidConfiguration;
   }
@@ -366,8 +429,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int value) {
-  if (value >= 0 && static_cast<size_t>(value) <= emulation::kMaxSharedBytes) return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int value) {
+  if (value >= 0 && static_cast<size_t>(value) <= emulation::kMaxSharedBytes) {
+    emulation::shared_limits[reinterpret_cast<const void*>(kernel)] = value;
+    return cudaSuccess;
+  }
   emulation::last_error = "invalid argument";
   return cudaErrorInvalidValue;
 }
@@ -375,124 +441,3 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaS
   std::memset(pointer, value, bytes);
   return cudaSuccess;
 }
-
-inline void __syncthreads() {
-  emulation::barrier(0);
-}
-inline int __syncthreads_count(int predicate) {
-  return emulation::barrier(predicate);
-}
-inline int __syncthreads_or(int predicate) {
-  return emulation::barrier(predicate) > 0;
-}
-inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
-  emulation::exchange("__syncwarp", mask, 0);
-}
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
-  return emulation::shuffle("__shfl_sync", mask, value, source & (width - 1), width, true);
-}
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
-  const int lane = static_cast<int>(emulation::block.current % warpSize), source = lane ^ lane_mask;
-  return emulation::shuffle("__shfl_xor_sync", mask, value, source % width, width, source / width <= lane / width);
-}
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const int source = static_cast<int>(emulation::block.current % width) - static_cast<int>(delta);
-  return emulation::shuffle("__shfl_up_sync", mask, value, source, width, source >= 0);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const int source = static_cast<int>(emulation::block.current % width) + static_cast<int>(delta);
-  return emulation::shuffle("__shfl_down_sync", mask, value, source, width, source < width);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint64_t* values = emulation::exchange("__ballot_sync", mask, predicate != 0);
-  unsigned result = 0;
-  for (unsigned lane = 0; lane < 32; ++lane)
-    result |= (mask >> lane & 1u & static_cast<unsigned>(values[lane])) << lane;
-  return result;
-}
-inline int __any_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, predicate) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, !predicate) == 0;
-}
-
-// Threads switch only where they wait, so a plain read and write is atomic.
-template <typename T>
-T atomicAdd(T* address, T value) {
-  const T old = *address;
-  *address = old + value;
-  return old;
-}
-template <typename T>
-T atomicMax(T* address, T value) {
-  const T old = *address;
-  *address = old < value ? value : old;
-  return old;
-}
-template <typename T>
-T atomicMin(T* address, T value) {
-  const T old = *address;
-  *address = value < old ? value : old;
-  return old;
-}
-template <typename T>
-T atomicExch(T* address, T value) {
-  return std::exchange(*address, value);
-}
-template <typename T>
-T atomicCAS(T* address, T compare, T value) {
-  const T old = *address;
-  if (old == compare) *address = value;
-  return old;
-}
-template <typename T>
-T atomicOr(T* address, T value) {
-  const T old = *address;
-  *address = old | value;
-  return old;
-}
-
-template <typename T>
-T __ldg(const T* pointer) {
-  return *pointer;
-}
-inline int __popc(unsigned value) {
-  return __builtin_popcount(value);
-}
-inline int __ffs(int value) {
-  return __builtin_ffs(value);
-}
-inline int __clz(int value) {
-  return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value));
-}
-inline unsigned __float_as_uint(float value) {
-  return emulation::from_bits<unsigned>(emulation::to_bits(value));
-}
-inline float __uint_as_float(unsigned value) {
-  return emulation::from_bits<float>(emulation::to_bits(value));
-}
-inline int __float_as_int(float value) {
-  return static_cast<int>(__float_as_uint(value));
-}
-inline float __int_as_float(int value) {
-  return __uint_as_float(static_cast<unsigned>(value));
-}
-inline float __fdividef(float a, float b) {
-  return a / b;
-}
-inline float __expf(float value) {
-  return std::exp(value);
-}
-inline float rsqrtf(float value) {
-  return 1.0f / std::sqrt(value);
-}
-using std::max;
-using std::min;

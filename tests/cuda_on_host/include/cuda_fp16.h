@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stands in for the header of the CUDA toolkit.
 #pragma once
-#include "cuda_emulation.h"
+#include "cuda_device_emulation.h"
 
 struct __half {
   uint16_t bits;

@@ -1,4 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stands in for the header of the CUDA toolkit.
 #pragma once
-#include "cuda_emulation.h"
+#include "cuda_matrix_emulation.h"
