@@ -1,34 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of the C++ CPU kernels share: each instruction set of this machine, and tokens in any form."""
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from lrc_kernels import _C
-from lrc_kernels.backend import record, use_backend
 from lrc_kernels.tome import TokenLayout, reference
 
 ISAS = _C.cpu_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROPERTY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-
-
-@pytest.fixture(autouse=True)
-def cpu_backend():
-    """Every op runs on the cpu backend or raises, but for the references that a test asks for by name."""
-    best = _C.cpu_isa()
-    with use_backend("cpu"), record() as ran:
-        yield ran
-    _C.set_cpu_isa(best)
-    assert not ran or "cpu" in {backend for _, backend in ran}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _C.set_cpu_isa(request.param)
-    return request.param
 
 
 def tokens_in_any_form(form, batch, n, width, dtype, generator):

@@ -28,17 +28,9 @@ if native.cpu_unavailable() is not None:
     pytest.skip(native.cpu_unavailable(), allow_module_level=True)
 
 from lrc_kernels import _C
-from tests.tome.cpu_cases import (  # noqa: F401
-    DTYPES,
-    FORMS,
-    ISAS,
-    PROPERTY,
-    cpu_backend,
-    isa,
-    random_plan,
-    spoil_rows,
-    tokens_in_any_form,
-)
+from tests.tome.cpu_cases import DTYPES, FORMS, ISAS, PROPERTY, random_plan, spoil_rows, tokens_in_any_form
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 @PROPERTY

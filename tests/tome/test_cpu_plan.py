@@ -15,7 +15,9 @@ if native.cpu_unavailable() is not None:
     pytest.skip(native.cpu_unavailable(), allow_module_level=True)
 
 from lrc_kernels import _C
-from tests.tome.cpu_cases import ISAS, PROPERTY, cpu_backend, isa  # noqa: F401
+from tests.tome.cpu_cases import ISAS, PROPERTY
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 MARGIN = 1e-5
 
@@ -182,7 +184,7 @@ def test_ties_go_to_the_first_partner_and_keep_the_order(isa):
     isa=st.sampled_from(ISAS),
     seed=st.integers(0, 2**31),
 )
-def test_plan_that_lets_nan_through(n, channels, share, spoiled, value, num_protected, isa, seed):  # noqa: F811
+def test_plan_that_lets_nan_through(n, channels, share, spoiled, value, num_protected, isa, seed):
     generator = torch.Generator().manual_seed(seed)
     metric = torch.randn(n, channels, generator=generator)
     victims = torch.randperm(n, generator=generator)[:spoiled]
@@ -203,7 +205,7 @@ def test_plan_that_lets_nan_through(n, channels, share, spoiled, value, num_prot
     assert torch.equal(plan.size, expected.size) and plan.weight is None
 
 
-def test_one_zero_token_captures_its_clip_as_in_the_public_loop(isa, random):  # noqa: F811
+def test_one_zero_token_captures_its_clip_as_in_the_public_loop(isa, random):
     metric = torch.randn(2, 32, 8, generator=random)
     metric[0, 5] = 0.0
     options = {"r": [16, 8], "zero_policy": "reference"}
@@ -221,7 +223,7 @@ def test_one_zero_token_captures_its_clip_as_in_the_public_loop(isa, random):  #
     isa=st.sampled_from(ISAS),
     seed=st.integers(0, 2**31),
 )
-def test_bf16_plan(n, channels, order, isa, seed):  # noqa: F811
+def test_bf16_plan(n, channels, order, isa, seed):
     """Equal where no score lies so near to the middle of two bf16 numbers that fp32 and fp64 round it differently."""
     generator = torch.Generator().manual_seed(seed)
     metric = torch.randn(1, n, channels, generator=generator)
@@ -237,7 +239,7 @@ def test_bf16_plan(n, channels, order, isa, seed):  # noqa: F811
     assert torch.equal(plan.assign, expected.assign) and torch.equal(plan.anchor, expected.anchor)
 
 
-def test_bf16_plan_rounds_the_merged_metric_too(isa):  # noqa: F811
+def test_bf16_plan_rounds_the_merged_metric_too(isa):
     """Whole numbers whose means, norms and scores are exact or far from a tie, over three iterations."""
     metric = make_input("with_ties", (3, 64, 16), seed=4)
     plan = plan_merge(metric, r=[32, 16, 5], precision="bf16")
