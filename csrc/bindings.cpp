@@ -41,8 +41,8 @@ void tome_head_mean(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, 
 
 /// The fields of lrc::cpu::PlanArgs in their order, from num_tokens to valid; the options are named.
 lrc::cpu::PlanArgs plan_args(const std::array<uint64_t, 10>& in, int64_t num_out, std::optional<float> threshold,
-                             bool position_order, bool round_to_bf16, bool isolate,
-                             const std::array<uint64_t, 5>& out, int threads) {
+                             bool position_order, bool round_to_bf16, bool isolate, const std::array<uint64_t, 5>& out,
+                             int threads) {
   lrc::cpu::PlanArgs args;
   args.metric = nullptr;
   args.num_tokens = static_cast<int64_t>(in[0]);
@@ -71,10 +71,8 @@ lrc::cpu::PlanArgs plan_args(const std::array<uint64_t, 10>& in, int64_t num_out
 }
 
 void tome_plan(uintptr_t metric, const std::array<uint64_t, 10>& in, int64_t num_out, std::optional<float> threshold,
-               bool position_order, bool round_to_bf16, bool isolate, const std::array<uint64_t, 5>& out,
-               int threads) {
-  lrc::cpu::PlanArgs args =
-      plan_args(in, num_out, threshold, position_order, round_to_bf16, isolate, out, threads);
+               bool position_order, bool round_to_bf16, bool isolate, const std::array<uint64_t, 5>& out, int threads) {
+  lrc::cpu::PlanArgs args = plan_args(in, num_out, threshold, position_order, round_to_bf16, isolate, out, threads);
   args.metric = pointer<float>(metric);
   lrc::cpu::tome_plan(args);
 }
@@ -259,9 +257,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("tome_plan", &tome_plan, NoGil(), py::arg("metric"), py::arg("inputs"), py::arg("num_out"),
         py::arg("threshold"), py::arg("position_order"), py::arg("round_to_bf16"), py::arg("isolate"),
         py::arg("outputs"), py::arg("threads") = 1);
-  m.def("tome_compress", &tome_compress, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"),
-        py::arg("num_heads"), py::arg("inputs"), py::arg("num_out"), py::arg("round_to_bf16"), py::arg("outputs"),
-        py::arg("y"), py::arg("threads") = 1);
+  m.def("tome_compress", &tome_compress, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("num_heads"),
+        py::arg("inputs"), py::arg("num_out"), py::arg("round_to_bf16"), py::arg("outputs"), py::arg("y"),
+        py::arg("threads") = 1);
   m.def("tome_merge", &tome_merge, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("num_tokens"),
         py::arg("assign"), py::arg("size"), py::arg("weight"), py::arg("reduce"), py::arg("num_out"), py::arg("y"),
         py::arg("threads") = 1);

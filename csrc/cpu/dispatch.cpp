@@ -79,7 +79,8 @@ struct Workspaces {
     constexpr int64_t kAlignment = 64;
     const int64_t blocks = args.num_segments < args.threads ? 1 : args.threads;
     memory.reset(new char[stride * blocks + kAlignment]);
-    aligned = memory.get() + (kAlignment - static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.get()) % kAlignment));
+    aligned =
+        memory.get() + (kAlignment - static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.get()) % kAlignment));
   }
 
   std::unique_ptr<char[]> memory;
@@ -174,8 +175,8 @@ void tome_compress(const CompressArgs& args) {
   const int64_t longest = check_plan(args.plan);
   for (int64_t s = 0; s <= args.plan.num_segments && args.plan.num_tokens > 0; ++s) {
     require(args.plan.cu_seqlens_in[s] % args.rows.tokens_per_frame == 0,
-            "cu_seqlens_in must cut between frames of " + std::to_string(args.rows.tokens_per_frame) +
-                " tokens, got " + std::to_string(args.plan.cu_seqlens_in[s]));
+            "cu_seqlens_in must cut between frames of " + std::to_string(args.rows.tokens_per_frame) + " tokens, got " +
+                std::to_string(args.plan.cu_seqlens_in[s]));
   }
   const TomeKernels& kernels = tome_kernels();
   const int64_t stride = kernels.compress_workspace_bytes(args, longest);

@@ -35,13 +35,13 @@ struct PlanArgs {
   bool has_threshold;
   float threshold;
   bool position_order;
-  bool round_to_bf16;   // metric, lengths, unit rows and scores
-  bool isolate;         // rows without direction match nothing; else every score that they take part in is NaN
-  int32_t* assign;      // [num_tokens]
-  float* size_out;  // [num_out], zeros
-  float* weight;    // [num_tokens]
-  int32_t* anchor;  // [num_out], zeros
-  uint8_t* valid;   // [num_out], zeros; null: not wanted
+  bool round_to_bf16;  // metric, lengths, unit rows and scores
+  bool isolate;        // rows without direction match nothing; else every score that they take part in is NaN
+  int32_t* assign;     // [num_tokens]
+  float* size_out;     // [num_out], zeros
+  float* weight;       // [num_tokens]
+  int32_t* anchor;     // [num_out], zeros
+  uint8_t* valid;      // [num_out], zeros; null: not wanted
   int threads;
 };
 

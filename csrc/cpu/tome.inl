@@ -100,6 +100,8 @@ inline void mean_of_pairs(TokenPointer<const T> tokens, int64_t token, int64_t k
                           float* out) {
   Pair sum[R][NP] = {};
   const int64_t heads = tokens.rows.width / head_dim;
+  // Where the next tokens lie, but at the end of a row of the grid: on their way from memory while these are summed.
+  const int64_t ahead = R * tokens.rows.shuffle * tokens.rows.row_stride;
   for (int64_t piece = 0; piece < tokens.pieces(); ++piece) {
     const T* x[R];
     for (int r = 0; r < R; ++r) x[r] = tokens(token + r, piece) + k;
@@ -108,7 +110,9 @@ inline void mean_of_pairs(TokenPointer<const T> tokens, int64_t token, int64_t k
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < NP; ++v) {
-          const Pair value = load_pair(x[r] + h * head_dim + v * 2 * kLanes);
+          const T* at = x[r] + h * head_dim + v * 2 * kLanes;
+          __builtin_prefetch(at + ahead);
+          const Pair value = load_pair(at);
           sum[r][v].first += value.first;
           sum[r][v].second += value.second;
         }

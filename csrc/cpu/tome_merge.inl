@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The merge of token rows by their groups, and the backward of its maximum. Included by tome.inl inside the namespace of
-// an instruction set.
+// The merge of token rows by their groups, and the backward of its maximum. Included by tome.inl inside the namespace
+// of an instruction set.
 
 constexpr int kMergeRows = 4;
 
@@ -73,7 +73,8 @@ inline void merge_step(const T* const* x, const T* const* ahead, const float* w,
   }
 }
 
-// Calls body(worker, row, piece, column, count) for blocks of kMergeColumns channels of every output row, row after row.
+// Calls body(worker, row, piece, column, count) for blocks of kMergeColumns channels of every output row, row after
+// row.
 template <class Body>
 inline void for_row_blocks(int threads, const TokenRows& rows, int64_t num_out, const Body& body) {
   const int64_t blocks = (rows.width + kMergeColumns - 1) / kMergeColumns;
@@ -90,44 +91,47 @@ void merge_of(const MergeArgs& args, const int64_t* group_start, const int64_t* 
   const int64_t width = args.rows.width, num_members = group_start[args.num_out];
   for_row_blocks(args.threads, args.rows, args.num_out,
                  [&](int worker, int64_t row, int64_t piece, int64_t column, int64_t count) {
-    float* acc = scratch + worker * kMergeColumns;
-    T* y = static_cast<T*>(args.y) + (row * tokens.pieces() + piece) * width + column;
-    const int64_t start = group_start[row], end = group_start[row + 1];
-    const float size = args.size == nullptr ? 1.f : args.size[row];
-    if (start == end || size == 0.f) {
-      __builtin_memset(y, 0, count * sizeof(T));
-      return;
-    }
-    const Divisor divisor = Divisor::of(args.reduce == Reduce::kMean ? size : 1.f, T{});
-    const T *x[kMergeRows], *ahead[kMergeRows];
-    float w[kMergeRows];
-    const auto row_of = [&](int64_t i) { return tokens(member[i < num_members ? i : start], piece) + column; };
-    for (int q = 0; q < kMergeRows; ++q) ahead[q] = row_of(start + q);
-    for (int64_t i = start; i < end; i += kMergeRows) {
-      const int64_t m = end - i < kMergeRows ? end - i : kMergeRows;
-      for (int q = 0; q < kMergeRows; ++q) {
-        x[q] = ahead[q];
-        w[q] = args.weight == nullptr || q >= m ? 1.f : args.weight[member[i + q]];
-      }
-      // Groups are neighbours in `member`: what follows the last token of this one is what the next one starts with.
-      for (int q = 0; q < kMergeRows; ++q) ahead[q] = row_of(i + m + q);
-      const bool first = i == start, last = i + m == end;
-      switch (m) {
-        case 1:
-          merge_step<1, kMaximum>(x, ahead, w, first, last, divisor, count, acc, y);
-          break;
-        case 2:
-          merge_step<2, kMaximum>(x, ahead, w, first, last, divisor, count, acc, y);
-          break;
-        case 3:
-          merge_step<3, kMaximum>(x, ahead, w, first, last, divisor, count, acc, y);
-          break;
-        default:
-          merge_step<4, kMaximum>(x, ahead, w, first, last, divisor, count, acc, y);
-          break;
-      }
-    }
-  });
+                   float* acc = scratch + worker * kMergeColumns;
+                   T* y = static_cast<T*>(args.y) + (row * tokens.pieces() + piece) * width + column;
+                   const int64_t start = group_start[row], end = group_start[row + 1];
+                   const float size = args.size == nullptr ? 1.f : args.size[row];
+                   if (start == end || size == 0.f) {
+                     __builtin_memset(y, 0, count * sizeof(T));
+                     return;
+                   }
+                   const Divisor divisor = Divisor::of(args.reduce == Reduce::kMean ? size : 1.f, T{});
+                   const T *x[kMergeRows], *ahead[kMergeRows];
+                   float w[kMergeRows];
+                   const auto row_of = [&](int64_t i) {
+                     return tokens(member[i < num_members ? i : start], piece) + column;
+                   };
+                   for (int q = 0; q < kMergeRows; ++q) ahead[q] = row_of(start + q);
+                   for (int64_t i = start; i < end; i += kMergeRows) {
+                     const int64_t m = end - i < kMergeRows ? end - i : kMergeRows;
+                     for (int q = 0; q < kMergeRows; ++q) {
+                       x[q] = ahead[q];
+                       w[q] = args.weight == nullptr || q >= m ? 1.f : args.weight[member[i + q]];
+                     }
+                     // Groups are neighbours in `member`: what follows the last token of this one is what the next one
+                     // starts with.
+                     for (int q = 0; q < kMergeRows; ++q) ahead[q] = row_of(i + m + q);
+                     const bool first = i == start, last = i + m == end;
+                     switch (m) {
+                       case 1:
+                         merge_step<1, kMaximum>(x, ahead, w, first, last, divisor, count, acc, y);
+                         break;
+                       case 2:
+                         merge_step<2, kMaximum>(x, ahead, w, first, last, divisor, count, acc, y);
+                         break;
+                       case 3:
+                         merge_step<3, kMaximum>(x, ahead, w, first, last, divisor, count, acc, y);
+                         break;
+                       default:
+                         merge_step<4, kMaximum>(x, ahead, w, first, last, divisor, count, acc, y);
+                         break;
+                     }
+                   }
+                 });
 }
 
 template <class T>
@@ -160,17 +164,17 @@ void max_backward_of(const MaxBackwardArgs& args, const int64_t* group_start, co
   const TokenPointer<T> gradients{args.dx_rows, static_cast<T*>(args.dx)};
   for_row_blocks(args.threads, args.rows, args.num_out,
                  [&](int worker, int64_t row, int64_t piece, int64_t column, int64_t count) {
-    float* left = scratch + worker * kMergeColumns;
-    const int64_t at = (row * tokens.pieces() + piece) * args.rows.width + column;
-    const T* grad = static_cast<const T*>(args.grad) + at;
-    for (int64_t c = 0; c < count; c += kLanes) {
-      store(left + c, load_first(grad + c, count - c < kLanes ? count - c : kLanes));
-    }
-    for (int64_t i = group_start[row]; i < group_start[row + 1]; ++i) {
-      take_gradient(tokens(member[i], piece) + column, static_cast<const T*>(args.y) + at, count, left,
-                    gradients(member[i], piece) + column);
-    }
-  });
+                   float* left = scratch + worker * kMergeColumns;
+                   const int64_t at = (row * tokens.pieces() + piece) * args.rows.width + column;
+                   const T* grad = static_cast<const T*>(args.grad) + at;
+                   for (int64_t c = 0; c < count; c += kLanes) {
+                     store(left + c, load_first(grad + c, count - c < kLanes ? count - c : kLanes));
+                   }
+                   for (int64_t i = group_start[row]; i < group_start[row + 1]; ++i) {
+                     take_gradient(tokens(member[i], piece) + column, static_cast<const T*>(args.y) + at, count, left,
+                                   gradients(member[i], piece) + column);
+                   }
+                 });
 }
 
 void max_backward(const MaxBackwardArgs& args, const int64_t* group_start, const int64_t* member, float* scratch) {

@@ -420,8 +420,8 @@ int64_t longest_segment(const PlanArgs& args) {
   return longest;
 }
 
-// body(worker, segment, threads) for each segment; returns one for which it was false, or -1. Few segments run one after
-// the other and the threads share each of them. The bits are the same either way.
+// body(worker, segment, threads) for each segment; returns one for which it was false, or -1. Few segments run one
+// after the other and the threads share each of them. The bits are the same either way.
 template <class Body>
 int64_t run_segments(const PlanArgs& args, const Body& body) {
   const bool inner = args.num_segments < args.threads;
