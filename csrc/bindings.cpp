@@ -39,41 +39,65 @@ void tome_head_mean(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, 
                             pointer<float>(metric), threads});
 }
 
-void tome_plan(uintptr_t metric, int64_t num_tokens, int64_t num_channels, uintptr_t cu_seqlens_in,
-               uintptr_t cu_seqlens_out, int64_t num_segments, uintptr_t r, int64_t num_iterations, uintptr_t size,
-               uintptr_t is_protected, uintptr_t destination, int64_t num_out, std::optional<float> threshold,
-               bool position_order, uintptr_t assign, uintptr_t size_out, uintptr_t weight, uintptr_t anchor,
-               uintptr_t valid, int threads) {
+/// The fields of lrc::cpu::PlanArgs in their order, from num_tokens to valid; the options are named.
+lrc::cpu::PlanArgs plan_args(const std::array<uint64_t, 10>& in, int64_t num_out, std::optional<float> threshold,
+                             bool position_order, bool round_to_bf16, bool isolate, const std::array<uint64_t, 5>& out,
+                             int threads) {
   lrc::cpu::PlanArgs args;
-  args.metric = pointer<float>(metric);
-  args.num_tokens = num_tokens;
-  args.num_channels = num_channels;
-  args.cu_seqlens_in = pointer<int64_t>(cu_seqlens_in);
-  args.cu_seqlens_out = pointer<int64_t>(cu_seqlens_out);
-  args.num_segments = num_segments;
-  args.r = pointer<int32_t>(r);
-  args.num_iterations = num_iterations;
-  args.size = pointer<float>(size);
-  args.is_protected = pointer<uint8_t>(is_protected);
-  args.destination = pointer<uint8_t>(destination);
+  args.metric = nullptr;
+  args.num_tokens = static_cast<int64_t>(in[0]);
+  args.num_channels = static_cast<int64_t>(in[1]);
+  args.cu_seqlens_in = pointer<int64_t>(in[2]);
+  args.cu_seqlens_out = pointer<int64_t>(in[3]);
+  args.num_segments = static_cast<int64_t>(in[4]);
+  args.r = pointer<int32_t>(in[5]);
+  args.num_iterations = static_cast<int64_t>(in[6]);
+  args.size = pointer<float>(in[7]);
+  args.is_protected = pointer<uint8_t>(in[8]);
+  args.destination = pointer<uint8_t>(in[9]);
   args.num_out = num_out;
   args.has_threshold = threshold.has_value();
   args.threshold = threshold.value_or(0.f);
   args.position_order = position_order;
-  args.assign = pointer<int32_t>(assign);
-  args.size_out = pointer<float>(size_out);
-  args.weight = pointer<float>(weight);
-  args.anchor = pointer<int32_t>(anchor);
-  args.valid = pointer<uint8_t>(valid);
+  args.round_to_bf16 = round_to_bf16;
+  args.isolate = isolate;
+  args.assign = pointer<int32_t>(out[0]);
+  args.size_out = pointer<float>(out[1]);
+  args.weight = pointer<float>(out[2]);
+  args.anchor = pointer<int32_t>(out[3]);
+  args.valid = pointer<uint8_t>(out[4]);
   args.threads = threads;
+  return args;
+}
+
+void tome_plan(uintptr_t metric, const std::array<uint64_t, 10>& in, int64_t num_out, std::optional<float> threshold,
+               bool position_order, bool round_to_bf16, bool isolate, const std::array<uint64_t, 5>& out, int threads) {
+  lrc::cpu::PlanArgs args = plan_args(in, num_out, threshold, position_order, round_to_bf16, isolate, out, threads);
+  args.metric = pointer<float>(metric);
   lrc::cpu::tome_plan(args);
 }
 
+void tome_compress(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_heads,
+                   const std::array<uint64_t, 10>& in, int64_t num_out, bool round_to_bf16,
+                   const std::array<uint64_t, 5>& out, uintptr_t y, int threads) {
+  lrc::cpu::tome_compress({pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows), num_heads,
+                           plan_args(in, num_out, std::nullopt, false, round_to_bf16, true, out, threads),
+                           pointer<void>(y)});
+}
+
 void tome_merge(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t assign,
-                uintptr_t size, uintptr_t weight, int64_t num_out, uintptr_t y, int threads) {
+                uintptr_t size, uintptr_t weight, int reduce, int64_t num_out, uintptr_t y, int threads) {
   lrc::cpu::tome_merge({pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows), num_tokens,
-                        pointer<int32_t>(assign), pointer<float>(size), pointer<float>(weight), num_out,
-                        pointer<void>(y), threads});
+                        pointer<int32_t>(assign), pointer<float>(size), pointer<float>(weight),
+                        static_cast<lrc::cpu::Reduce>(reduce), num_out, pointer<void>(y), threads});
+}
+
+void tome_max_backward(uintptr_t grad, uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens,
+                       uintptr_t y, uintptr_t assign, uintptr_t weight, int64_t num_out, uintptr_t dx,
+                       const std::array<int64_t, 7>& dx_rows, int threads) {
+  lrc::cpu::tome_max_backward({pointer<void>(grad), pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows),
+                               num_tokens, pointer<void>(y), pointer<int32_t>(assign), pointer<float>(weight), num_out,
+                               pointer<void>(dx), token_rows(dx_rows), threads});
 }
 
 void tome_gather(uintptr_t y, int dtype, int64_t num_rows, uintptr_t assign, uintptr_t size, uintptr_t weight,
@@ -275,14 +299,18 @@ PYBIND11_MODULE(_C, m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.def("tome_head_mean", &tome_head_mean, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"),
         py::arg("num_tokens"), py::arg("num_heads"), py::arg("metric"), py::arg("threads") = 1);
-  m.def("tome_plan", &tome_plan, NoGil(), py::arg("metric"), py::arg("num_tokens"), py::arg("num_channels"),
-        py::arg("cu_seqlens_in"), py::arg("cu_seqlens_out"), py::arg("num_segments"), py::arg("r"),
-        py::arg("num_iterations"), py::arg("size"), py::arg("is_protected"), py::arg("destination"), py::arg("num_out"),
-        py::arg("threshold"), py::arg("position_order"), py::arg("assign"), py::arg("size_out"), py::arg("weight"),
-        py::arg("anchor"), py::arg("valid"), py::arg("threads") = 1);
-  m.def("tome_merge", &tome_merge, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("num_tokens"),
-        py::arg("assign"), py::arg("size"), py::arg("weight"), py::arg("num_out"), py::arg("y"),
+  m.def("tome_plan", &tome_plan, NoGil(), py::arg("metric"), py::arg("inputs"), py::arg("num_out"),
+        py::arg("threshold"), py::arg("position_order"), py::arg("round_to_bf16"), py::arg("isolate"),
+        py::arg("outputs"), py::arg("threads") = 1);
+  m.def("tome_compress", &tome_compress, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("num_heads"),
+        py::arg("inputs"), py::arg("num_out"), py::arg("round_to_bf16"), py::arg("outputs"), py::arg("y"),
         py::arg("threads") = 1);
+  m.def("tome_merge", &tome_merge, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("num_tokens"),
+        py::arg("assign"), py::arg("size"), py::arg("weight"), py::arg("reduce"), py::arg("num_out"), py::arg("y"),
+        py::arg("threads") = 1);
+  m.def("tome_max_backward", &tome_max_backward, NoGil(), py::arg("grad"), py::arg("x"), py::arg("dtype"),
+        py::arg("rows"), py::arg("num_tokens"), py::arg("y"), py::arg("assign"), py::arg("weight"), py::arg("num_out"),
+        py::arg("dx"), py::arg("dx_rows"), py::arg("threads") = 1);
   m.def("tome_gather", &tome_gather, NoGil(), py::arg("y"), py::arg("dtype"), py::arg("num_rows"), py::arg("assign"),
         py::arg("size"), py::arg("weight"), py::arg("rows"), py::arg("num_tokens"), py::arg("x"),
         py::arg("threads") = 1);

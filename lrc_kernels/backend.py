@@ -62,7 +62,7 @@ def record() -> Iterator[list[tuple[str, str]]]:
     >>> with record() as ran:
     ...     compress_clips(x, 64, 32)
     >>> ran
-    [('tome_head_mean_fwd', 'cpu'), ('tome_plan_fwd', 'cpu'), ('tome_merge_fwd', 'cpu')]
+    [('tome_compress_fwd', 'cpu')]
     """
     ran: list[tuple[str, str]] = []
     _records.append(ran)

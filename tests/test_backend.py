@@ -15,7 +15,9 @@ def test_record_lists_every_op_in_order():
     x = torch.randn(1, 16, 8)
     with backend.use_backend("reference"), backend.record() as ran:
         compress_clips(x, 4, 2)
-    assert ran == [(f"tome_{name}_fwd", "reference") for name in ("head_mean", "plan", "merge")]
+        compress_clips(x, 4, 2, precision="eager_bf16")
+    names = ("compress", "head_mean", "plan", "merge")
+    assert ran == [(f"tome_{name}_fwd", "reference") for name in names]
 
 
 def test_record_nests_and_stops():
@@ -32,13 +34,13 @@ def test_forced_backend_that_cannot_take_a_call_says_why():
     metric = torch.randn(1, 8, 4)
     with backend.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was forced but cannot take this call"):
         plan_merge(metric, target=4)
-    with backend.use_backend("cpu"), pytest.raises(RuntimeError, match="zero_policy"):
-        plan_merge(metric, target=4, zero_policy="reference")
+    with backend.use_backend("cpu"), pytest.raises(RuntimeError, match="precision"):
+        plan_merge(metric, target=4, precision="eager_bf16")
 
 
 def test_automatic_choice_reaches_the_reference_for_what_no_kernel_takes():
     with backend.record() as ran:
-        plan_merge(torch.randn(1, 8, 4), target=4, zero_policy="reference")
+        plan_merge(torch.randn(1, 8, 4), target=4, precision="eager_bf16")
     assert ran == [("tome_plan_fwd", "reference")]
 
 

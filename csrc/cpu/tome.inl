@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ToMe kernels of one instruction set: head mean, merge, gather here, the matching in tome_plan.inl. Compiled once
-// per instruction set, LRC_ISA names the namespace.
+// The ToMe kernels of one instruction set: head mean, gather and the whole of it here, the merge in tome_merge.inl, the
+// matching in tome_plan.inl. Compiled once per instruction set, LRC_ISA names the namespace.
 
 #include <cstdint>
 #if defined(__AVX2__)
@@ -91,104 +91,107 @@ inline void straddling_head_mean(TokenPointer<const T> tokens, int64_t token, in
   for (k = 0; k < head_dim; ++k) out[k] *= scale;
 }
 
+// Two tokens at once are two streams of memory, which the prefetchers serve faster than one.
+constexpr int kHeadTokens = kLanes == 16 ? 2 : 1;
+
+// out[r] = scale * sum over the heads of token r: NP pairs of vectors of `head_dim` channels from channel k on.
+template <int NP, int R, class T>
+inline void mean_of_pairs(TokenPointer<const T> tokens, int64_t token, int64_t k, int64_t head_dim, float scale,
+                          float* out) {
+  Pair sum[R][NP] = {};
+  const int64_t heads = tokens.rows.width / head_dim;
+  // Where the next tokens lie, but at the end of a row of the grid: on their way from memory while these are summed.
+  const int64_t ahead = R * tokens.rows.shuffle * tokens.rows.row_stride;
+  for (int64_t piece = 0; piece < tokens.pieces(); ++piece) {
+    const T* x[R];
+    for (int r = 0; r < R; ++r) x[r] = tokens(token + r, piece) + k;
+    for (int64_t h = 0; h < heads; ++h) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NP; ++v) {
+          const T* at = x[r] + h * head_dim + v * 2 * kLanes;
+          __builtin_prefetch(at + ahead);
+          const Pair value = load_pair(at);
+          sum[r][v].first += value.first;
+          sum[r][v].second += value.second;
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NP; ++v) {
+      const Pair value = split(sum[r][v], T{});
+      store(out + r * head_dim + k + v * 2 * kLanes, value.first * scale);
+      store(out + r * head_dim + k + v * 2 * kLanes + kLanes, value.second * scale);
+    }
+  }
+}
+
+// Heads of whole pairs of vectors.
+template <int R, class T>
+inline void mean_of_tokens(TokenPointer<const T> tokens, int64_t token, int64_t head_dim, float scale, float* out) {
+  constexpr int64_t kPairColumns = 2 * kLanes;
+  for (int64_t k = 0; k < head_dim;) {
+    const int64_t pairs = (head_dim - k) / kPairColumns;
+    switch (pairs < 4 ? pairs : 4) {
+      case 1:
+        mean_of_pairs<1, R>(tokens, token, k, head_dim, scale, out);
+        break;
+      case 2:
+        mean_of_pairs<2, R>(tokens, token, k, head_dim, scale, out);
+        break;
+      case 3:
+        mean_of_pairs<3, R>(tokens, token, k, head_dim, scale, out);
+        break;
+      default:
+        mean_of_pairs<4, R>(tokens, token, k, head_dim, scale, out);
+        break;
+    }
+    k += (pairs < 4 ? pairs : 4) * kPairColumns;
+  }
+}
+
+template <class T>
+inline void mean_of_token(TokenPointer<const T> tokens, int64_t token, int64_t head_dim, float scale, float* out) {
+  constexpr int64_t kColumns = kHeadVectors * kLanes;
+  const int64_t width = tokens.rows.width;
+  for (int64_t k = 0; k < head_dim; k += kColumns) {
+    const int64_t count = head_dim - k < kColumns ? head_dim - k : kColumns;
+    float acc[kColumns] = {};
+    for (int64_t piece = 0; piece < tokens.pieces(); ++piece) {
+      const T* x = tokens(token, piece);
+      sum_heads_any(x + k, x + width, width / head_dim, head_dim, count, acc);
+    }
+    int64_t c = 0;
+    for (; c + kLanes <= count; c += kLanes) store(out + k + c, load(acc + c) * scale);
+    if (c < count) store_first(out + k + c, load(acc + c) * scale, count - c);
+  }
+}
+
 template <class T>
 void head_mean_of(const HeadMeanArgs& args) {
   const TokenPointer<const T> tokens{args.rows, static_cast<const T*>(args.x)};
-  const int64_t width = args.rows.width, head_dim = width * tokens.pieces() / args.num_heads;
+  const int64_t head_dim = args.rows.width * tokens.pieces() / args.num_heads;
   const float scale = 1.f / static_cast<float>(args.num_heads);
-  constexpr int64_t kTokens = 64, kColumns = kHeadVectors * kLanes;
+  const bool straddles = args.rows.width % head_dim != 0, whole = head_dim % (2 * kLanes) == 0;
+  constexpr int64_t kTokens = 64;
   run_tasks(args.threads, (args.num_tokens + kTokens - 1) / kTokens, [&](int, int64_t task) {
     const int64_t first = task * kTokens;
     const int64_t end = first + kTokens < args.num_tokens ? first + kTokens : args.num_tokens;
-    for (int64_t token = first; token < end; ++token) {
+    for (int64_t token = first; token < end;) {
       float* out = args.metric + token * head_dim;
-      if (width % head_dim != 0) {
-        straddling_head_mean<T>(tokens, token, head_dim, scale, out);
-        continue;
-      }
-      for (int64_t k = 0; k < head_dim; k += kColumns) {
-        const int64_t count = head_dim - k < kColumns ? head_dim - k : kColumns;
-        float acc[kColumns] = {};
-        for (int64_t piece = 0; piece < tokens.pieces(); ++piece) {
-          const T* x = tokens(token, piece);
-          sum_heads_any(x + k, x + width, width / head_dim, head_dim, count, acc);
-        }
-        int64_t c = 0;
-        for (; c + kLanes <= count; c += kLanes) store(out + k + c, load(acc + c) * scale);
-        if (c < count) store_first(out + k + c, load(acc + c) * scale, count - c);
-      }
-    }
-  });
-}
-
-constexpr int kMergeRows = 4;
-
-// One step over kMergeRows or fewer tokens of a group, in order: acc = [acc +] w0 x0 + w1 x1 + ...; the last step
-// divides by the group's size and stores to y. Between the steps acc lies in L1.
-template <int M, class T>
-inline void merge_step(const T* const* x, const float* w, bool first, bool last, float size, int64_t count, float* acc,
-                       T* y) {
-  int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) {
-    Vec sum = first ? load(x[0] + c) * w[0] : load(acc + c) + load(x[0] + c) * w[0];
-#pragma GCC unroll 8
-    for (int m = 1; m < M; ++m) sum += load(x[m] + c) * w[m];
-    if (last) {
-      store(y + c, sum / size);
-    } else {
-      store(acc + c, sum);
-    }
-  }
-  if (c == count) return;
-  Vec sum = load_first(x[0] + c, count - c) * w[0];
-  if (!first) sum += load(acc + c);
-  for (int m = 1; m < M; ++m) sum += load_first(x[m] + c, count - c) * w[m];
-  if (last) {
-    store_first(y + c, sum / size, count - c);
-  } else {
-    store(acc + c, sum);
-  }
-}
-
-template <class T>
-void merge_of(const MergeArgs& args, const int64_t* group_start, const int64_t* member, float* scratch) {
-  const TokenPointer<const T> tokens{args.rows, static_cast<const T*>(args.x)};
-  const int64_t width = args.rows.width, blocks = (width + kMergeColumns - 1) / kMergeColumns;
-  const int64_t tasks_per_row = tokens.pieces() * blocks;
-  run_tasks(args.threads, args.num_out * tasks_per_row, [&](int worker, int64_t task) {
-    const int64_t row = task / tasks_per_row, part = task - row * tasks_per_row;
-    const int64_t piece = part / blocks, column = (part - piece * blocks) * kMergeColumns;
-    const int64_t count = width - column < kMergeColumns ? width - column : kMergeColumns;
-    float* acc = scratch + worker * kMergeColumns;
-    T* y = static_cast<T*>(args.y) + row * width * tokens.pieces() + piece * width + column;
-    const int64_t start = group_start[row], end = group_start[row + 1];
-    const float size = args.size == nullptr ? 1.f : args.size[row];
-    if (start == end || size == 0.f) {
-      __builtin_memset(y, 0, count * sizeof(T));
-      return;
-    }
-    for (int64_t i = start; i < end; i += kMergeRows) {
-      const int64_t m = end - i < kMergeRows ? end - i : kMergeRows;
-      const T* x[kMergeRows];
-      float w[kMergeRows];
-      for (int64_t q = 0; q < m; ++q) {
-        x[q] = tokens(member[i + q], piece) + column;
-        w[q] = args.weight == nullptr ? 1.f : args.weight[member[i + q]];
-      }
-      const bool first = i == start, last = i + m == end;
-      switch (m) {
-        case 1:
-          merge_step<1>(x, w, first, last, size, count, acc, y);
-          break;
-        case 2:
-          merge_step<2>(x, w, first, last, size, count, acc, y);
-          break;
-        case 3:
-          merge_step<3>(x, w, first, last, size, count, acc, y);
-          break;
-        default:
-          merge_step<4>(x, w, first, last, size, count, acc, y);
-          break;
+      if (straddles) {
+        straddling_head_mean<T>(tokens, token++, head_dim, scale, out);
+      } else if (!whole) {
+        mean_of_token<T>(tokens, token++, head_dim, scale, out);
+      } else if (token + kHeadTokens <= end) {
+        mean_of_tokens<kHeadTokens, T>(tokens, token, head_dim, scale, out);
+        token += kHeadTokens;
+      } else {
+        mean_of_tokens<1, T>(tokens, token++, head_dim, scale, out);
       }
     }
   });
@@ -239,22 +242,66 @@ void head_mean(const HeadMeanArgs& args) {
   return args.dtype == DType::kBFloat16 ? head_mean_of<BFloat16>(args) : head_mean_of<Float16>(args);
 }
 
-void merge(const MergeArgs& args, const int64_t* group_start, const int64_t* member, float* scratch) {
-  if (args.dtype == DType::kFloat32) return merge_of<float>(args, group_start, member, scratch);
-  if (args.dtype == DType::kBFloat16) return merge_of<BFloat16>(args, group_start, member, scratch);
-  return merge_of<Float16>(args, group_start, member, scratch);
-}
-
 void gather(const GatherArgs& args) {
   if (args.dtype == DType::kFloat32) return gather_of<float>(args);
   return args.dtype == DType::kBFloat16 ? gather_of<BFloat16>(args) : gather_of<Float16>(args);
 }
 
+#include "cpu/tome_merge.inl"
 #include "cpu/tome_plan.inl"
+
+struct ClipWorkspace {
+  char* plan;
+  float *metric, *scratch;
+  int64_t *group_start, *member;
+  int64_t bytes;
+};
+
+ClipWorkspace carve_clip(char* base, const CompressArgs& args, int64_t max_seqlen) {
+  ClipWorkspace ws;
+  int64_t offset = 0;
+  carve(base, &offset, plan_workspace_bytes(max_seqlen, args.plan.num_channels), &ws.plan);
+  carve(base, &offset, max_seqlen * args.plan.num_channels, &ws.metric);
+  carve(base, &offset, kMergeColumns * args.plan.threads, &ws.scratch);
+  carve(base, &offset, max_seqlen + 2, &ws.group_start);
+  carve(base, &offset, max_seqlen, &ws.member);
+  ws.bytes = offset;
+  return ws;
+}
+
+int64_t compress_workspace_bytes(const CompressArgs& args, int64_t max_seqlen) {
+  return carve_clip(nullptr, args, max_seqlen).bytes;
+}
+
+int64_t compress(const CompressArgs& args, char* workspace, int64_t stride) {
+  const PlanArgs& plan = args.plan;
+  const int64_t element = args.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t row_bytes = args.rows.width * args.rows.shuffle * args.rows.shuffle * element;
+  const int64_t max_seqlen = longest_segment(plan);
+  return run_segments(plan, [&](int worker, int64_t segment, int threads) {
+    const ClipWorkspace ws = carve_clip(workspace + worker * stride, args, max_seqlen);
+    const int64_t start = plan.cu_seqlens_in[segment], n = plan.cu_seqlens_in[segment + 1] - start;
+    const int64_t row = plan.cu_seqlens_out[segment], num_rows = plan.cu_seqlens_out[segment + 1] - row;
+    if (num_rows > n) return false;
+    if (n == 0) return true;
+    const int64_t frame = start / args.rows.tokens_per_frame;
+    const char* x = static_cast<const char*>(args.x) + frame * args.rows.frame_stride * element;
+    if (row_bytes > 0) head_mean({x, args.dtype, args.rows, n, args.num_heads, ws.metric, threads});
+    if (!plan_segment(plan, segment, ws.metric, ws.plan, max_seqlen, threads)) return false;
+    group_tokens(plan.assign + start, plan.weight + start, n, static_cast<int32_t>(row), num_rows, ws.group_start,
+                 ws.member);
+    char* y = static_cast<char*>(args.y) + row * row_bytes;
+    merge({x, args.dtype, args.rows, n, nullptr, plan.size_out + row, plan.weight + start, Reduce::kMean, num_rows, y,
+           threads},
+          ws.group_start, ws.member, ws.scratch);
+    return true;
+  });
+}
 
 }  // namespace
 
 extern const TomeKernels kTomeKernels;
-const TomeKernels kTomeKernels = {head_mean, plan_workspace_bytes, plan, merge, gather};
+const TomeKernels kTomeKernels = {head_mean, plan_workspace_bytes,     plan,     merge,
+                                  gather,    compress_workspace_bytes, compress, max_backward};
 
 }  // namespace lrc::cpu::LRC_ISA

@@ -89,6 +89,7 @@ inline bool is_ordinary(double length) {
 
 // The tile's dot products against one panel update each row's best (value, column) per lane. A later column replaces an
 // earlier one only if it is strictly better, so that ties go to the lowest column.
+template <bool kRound>
 inline void match_tile(const float* const* a, const float* panel, int64_t channels, int32_t column, float* best,
                        int32_t* best_column) {
   Vec dot[kTileRows][kTileVectors] = {};
@@ -110,8 +111,9 @@ inline void match_tile(const float* const* a, const float* panel, int64_t channe
     __builtin_memcpy(&where, best_column + q * kLanes, sizeof(where));
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVectors; ++v) {
-      const IntVec better = dot[q][v] > top;
-      top = better ? dot[q][v] : top;
+      const Vec score = kRound ? round_to_bf16(dot[q][v]) : dot[q][v];
+      const IntVec better = score > top;
+      top = better ? score : top;
       where = better ? IntVec{} + (column + v * kLanes) : where;
     }
     store(best + q * kLanes, top);
@@ -119,18 +121,27 @@ inline void match_tile(const float* const* a, const float* panel, int64_t channe
   }
 }
 
+// Rows of set A whose metric fits half of L2: they meet every panel before the next ones do.
+inline int64_t rows_in_cache(int64_t channels) {
+  constexpr int64_t kBytes = 1 << 19;
+  const int64_t rows = kBytes / static_cast<int64_t>(sizeof(float)) / (channels > 0 ? channels : 1);
+  return round_up(rows < 1 ? 1 : rows, kTileRows);
+}
+
 // score and partner (an index into set B) of the rows [first, last) of set A; `first` is a multiple of kTileRows.
-void match_rows(const Workspace& ws, int64_t first, int64_t last, int64_t num_candidates, int64_t channels) {
+void match_rows(const Workspace& ws, int64_t first, int64_t last, int64_t num_candidates, int64_t channels,
+                bool round_to_bf16) {
   const int64_t padded = round_up(last, kTileRows);
   for (int64_t i = first * kLanes; i < padded * kLanes; ++i) {
     ws.best[i] = -__builtin_inff();
     ws.best_column[i] = 0;
   }
+  const auto tile = round_to_bf16 ? match_tile<true> : match_tile<false>;
   for (int64_t column = 0; column < num_candidates; column += kPanel) {
     const float* panel = ws.panels + column * channels;
     for (int64_t i = first; i < last; i += kTileRows) {
-      match_tile(ws.a_row + i, panel, channels, static_cast<int32_t>(column), ws.best + i * kLanes,
-                 ws.best_column + i * kLanes);
+      tile(ws.a_row + i, panel, channels, static_cast<int32_t>(column), ws.best + i * kLanes,
+           ws.best_column + i * kLanes);
     }
   }
   // The last panel is filled up with copies of its last column, which never win: ties go to the lowest column.
@@ -184,14 +195,31 @@ void pack_panels(const Workspace& ws, int64_t num_candidates, int64_t channels) 
   }
 }
 
+// The row in bf16, divided by its length in bf16: its length is 1 from here on, or 0, infinite or NaN.
+double round_row(const Workspace& ws, const Row& row, int64_t channels, float* unit) {
+  // A sum of merged rows is carried undivided.
+  const float size = row.m == ws.sums + row.anchor * channels ? row.size : 1.f;
+  for (int64_t k = 0; k < channels; ++k) unit[k] = round_to_bf16(splat(row.m[k] / size))[0];
+  const float length = round_to_bf16(splat(static_cast<float>(length_of(unit, channels))))[0];
+  if (!(length > 0.f && length < __builtin_inff())) return length;
+  for (int64_t k = 0; k < channels; ++k) unit[k] = round_to_bf16(splat(unit[k] / length))[0];
+  return 1.;
+}
+
 // Splits the n rows into sets, measures them, and packs the healthy and open rows of set B.
-Sets prepare(const Workspace& ws, int64_t n, const uint8_t* destination, int64_t channels) {
+Sets prepare(const Workspace& ws, int64_t n, const uint8_t* destination, int64_t channels, bool round_to_bf16) {
   Sets sets = {0, 0, 0};
   for (int64_t i = 0; i < n; ++i) {
     const bool in_b = destination == nullptr ? i % 2 == 1 : destination[i] != 0;
     const Row& row = ws.rows[i];
     const float* m = row.m;
-    double length = length_of(m, channels);
+    double length;
+    if (round_to_bf16) {
+      m = ws.units + i * channels;
+      length = round_row(ws, row, channels, ws.units + i * channels);
+    } else {
+      length = length_of(m, channels);
+    }
     // Rows without length and rows that are not finite: their length is 0, infinite or NaN.
     const bool unhealthy = !(length > 0. && length < __builtin_inf());
     ws.unhealthy[i] = unhealthy;
@@ -225,13 +253,31 @@ Sets prepare(const Workspace& ws, int64_t n, const uint8_t* destination, int64_t
   return sets;
 }
 
-void match(const Workspace& ws, const Sets& sets, int64_t channels, int threads) {
+// Where rows without direction are not isolated, every score with one of them is NaN, which is the best score of all,
+// and the first of those wins. Infinity stands for NaN: it ranks first as well.
+void spread_nan(const Workspace& ws, const Sets& sets) {
+  int64_t open = -1, nan = -1;
+  for (int64_t b = sets.num_b - 1; b >= 0; --b) {
+    if (ws.rows[ws.b[b]].is_protected) continue;
+    open = b;
+    if (ws.unhealthy[ws.b[b]]) nan = b;
+  }
+  for (int64_t i = 0; i < sets.num_a; ++i) {
+    const int64_t partner = ws.unhealthy[ws.a[i]] ? open : nan;
+    if (partner < 0) continue;
+    ws.score[i] = __builtin_inff();
+    ws.partner[i] = static_cast<int32_t>(partner);
+  }
+}
+
+void match(const Workspace& ws, const Sets& sets, const PlanArgs& args, int threads) {
+  const int64_t channels = args.num_channels;
   if (sets.num_candidates > 0) {
-    const int64_t tiles = (sets.num_a + kTileRows - 1) / kTileRows;
-    const int64_t chunk = (tiles + threads - 1) / threads * kTileRows;
-    run_workers(threads, [&](int worker) {
-      const int64_t first = worker * chunk, last = first + chunk < sets.num_a ? first + chunk : sets.num_a;
-      if (first < last) match_rows(ws, first, last, sets.num_candidates, channels);
+    const int64_t share = round_up((sets.num_a + threads - 1) / threads, kTileRows), cached = rows_in_cache(channels);
+    const int64_t chunk = share < cached ? share : cached;
+    run_tasks(threads, (sets.num_a + chunk - 1) / chunk, [&](int, int64_t task) {
+      const int64_t first = task * chunk, last = first + chunk < sets.num_a ? first + chunk : sets.num_a;
+      match_rows(ws, first, last, sets.num_candidates, channels, args.round_to_bf16);
     });
   }
   // A row without any partner goes to the next open row of set B on its right, or else to the last one.
@@ -245,6 +291,7 @@ void match(const Workspace& ws, const Sets& sets, int64_t channels, int threads)
     ws.score[i] = -__builtin_inff();
     ws.partner[i] = static_cast<int32_t>(right < sets.num_b ? right : open);
   }
+  if (!args.isolate) spread_nan(ws, sets);
 }
 
 inline void add_row(const Workspace& ws, const Row& from, int64_t channels, Row* into) {
@@ -284,7 +331,7 @@ int64_t merge_rows(const Workspace& ws, const Sets& sets, int64_t n, int64_t r, 
     const int32_t a = ws.order[i], row = ws.a[a];
     if (i < merged) {
       ws.new_row[row] = static_cast<int32_t>(unmerged + ws.partner[a]);
-      ws.masked[row] = ws.unhealthy[row];
+      ws.masked[row] = args.isolate && ws.unhealthy[row];
     } else {
       ws.new_row[row] = static_cast<int32_t>(i - merged);
       ws.next[i - merged] = ws.rows[row];
@@ -307,7 +354,9 @@ int64_t merge_rows(const Workspace& ws, const Sets& sets, int64_t n, int64_t r, 
 }
 
 // Returns false where the rows that are left do not fit the segment's room in the output.
-bool plan_segment(const PlanArgs& args, int64_t segment, char* workspace, int64_t max_seqlen, int threads) {
+// metric: that of the segment.
+bool plan_segment(const PlanArgs& args, int64_t segment, const float* metric, char* workspace, int64_t max_seqlen,
+                  int threads) {
   const int64_t start = args.cu_seqlens_in[segment], n_in = args.cu_seqlens_in[segment + 1] - start;
   const int64_t first_out = args.cu_seqlens_out[segment], room = args.cu_seqlens_out[segment + 1] - first_out;
   Workspace ws = carve_workspace(workspace, max_seqlen, args.num_channels);
@@ -317,7 +366,7 @@ bool plan_segment(const PlanArgs& args, int64_t segment, char* workspace, int64_
   for (int64_t i = 0; i < n_in; ++i) {
     const float size = args.size == nullptr ? 1.f : args.size[start + i];
     const bool is_protected = args.is_protected != nullptr && args.is_protected[start + i] != 0;
-    ws.rows[i] = {args.metric + (start + i) * args.num_channels, size, size, static_cast<int32_t>(i), is_protected};
+    ws.rows[i] = {metric + i * args.num_channels, size, size, static_cast<int32_t>(i), is_protected};
     assign[i] = static_cast<int32_t>(i);
     weight[i] = size;
   }
@@ -325,11 +374,11 @@ bool plan_segment(const PlanArgs& args, int64_t segment, char* workspace, int64_
   for (int64_t iteration = 0; iteration < args.num_iterations; ++iteration) {
     int64_t r = args.r[iteration * args.num_segments + segment];
     if (r == 0) continue;
-    const Sets sets =
-        prepare(ws, n, args.destination == nullptr ? nullptr : args.destination + start, args.num_channels);
+    const uint8_t* destination = args.destination == nullptr ? nullptr : args.destination + start;
+    const Sets sets = prepare(ws, n, destination, args.num_channels, args.round_to_bf16);
     r = r < sets.num_a ? r : sets.num_a;
     if (sets.num_b == 0) r = 0;
-    match(ws, sets, args.num_channels, threads);
+    match(ws, sets, args, threads);
     n = merge_rows(ws, sets, n, r, args);
     for (int64_t i = 0; i < n_in; ++i) {
       if (ws.masked[assign[i]]) weight[i] = 0.f;
@@ -357,25 +406,36 @@ bool plan_segment(const PlanArgs& args, int64_t segment, char* workspace, int64_
   for (int64_t i = 0; i < n; ++i) {
     args.size_out[first_out + i] = ws.rows[i].size;
     args.anchor[first_out + i] = ws.rows[i].anchor;
-    args.valid[first_out + i] = 1;
+    if (args.valid != nullptr) args.valid[first_out + i] = 1;
   }
   return true;
 }
 
-int64_t plan(const PlanArgs& args, char* workspace, int64_t stride) {
-  int64_t max_seqlen = 0;
+int64_t longest_segment(const PlanArgs& args) {
+  int64_t longest = 0;
   for (int64_t s = 0; s < args.num_segments; ++s) {
     const int64_t n = args.cu_seqlens_in[s + 1] - args.cu_seqlens_in[s];
-    max_seqlen = n > max_seqlen ? n : max_seqlen;
+    longest = n > longest ? n : longest;
   }
-  // Few segments: they run one after the other and the threads share each matching. The bits are the same either way.
+  return longest;
+}
+
+// body(worker, segment, threads) for each segment; returns one for which it was false, or -1. Few segments run one
+// after the other and the threads share each of them. The bits are the same either way.
+template <class Body>
+int64_t run_segments(const PlanArgs& args, const Body& body) {
   const bool inner = args.num_segments < args.threads;
-  const int outer_threads = inner ? 1 : args.threads, inner_threads = inner ? args.threads : 1;
   int64_t failed = -1;
-  run_tasks(outer_threads, args.num_segments, [&](int worker, int64_t segment) {
-    if (!plan_segment(args, segment, workspace + worker * stride, max_seqlen, inner_threads)) {
-      __atomic_store_n(&failed, segment, __ATOMIC_RELAXED);
-    }
+  run_tasks(inner ? 1 : args.threads, args.num_segments, [&](int worker, int64_t segment) {
+    if (!body(worker, segment, inner ? args.threads : 1)) __atomic_store_n(&failed, segment, __ATOMIC_RELAXED);
   });
   return failed;
+}
+
+int64_t plan(const PlanArgs& args, char* workspace, int64_t stride) {
+  const int64_t max_seqlen = longest_segment(args);
+  return run_segments(args, [&](int worker, int64_t segment, int threads) {
+    const float* metric = args.metric + args.cu_seqlens_in[segment] * args.num_channels;
+    return plan_segment(args, segment, metric, workspace + worker * stride, max_seqlen, threads);
+  });
 }

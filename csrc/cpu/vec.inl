@@ -47,13 +47,18 @@ inline Vec to_float(HalfVec bits, BFloat16) {
 #endif
 }
 
-// Round to nearest even; a NaN keeps its upper bits and becomes quiet.
-inline HalfVec from_float(Vec value, BFloat16) {
+// The upper halves hold the bf16 nearest to each value, ties to even; a NaN keeps its upper bits and becomes quiet.
+inline BitVec round_upper_half(Vec value) {
   const BitVec bits = bit_cast<BitVec>(value);
   const BitVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const BitVec is_nan = bit_cast<BitVec>((bits & 0x7fffffffu) > splat_bits(0x7f800000u));
-  const BitVec result = (is_nan & (bits | 0x00400000u)) | (~is_nan & rounded);
-  return __builtin_convertvector(result >> 16, HalfVec);
+  return (is_nan & (bits | 0x00400000u)) | (~is_nan & rounded);
+}
+inline HalfVec from_float(Vec value, BFloat16) {
+  return __builtin_convertvector(round_upper_half(value) >> 16, HalfVec);
+}
+inline Vec round_to_bf16(Vec value) {
+  return bit_cast<Vec>(round_upper_half(value) & 0xffff0000u);
 }
 
 #if defined(__AVX512F__)
@@ -148,6 +153,42 @@ inline IntVec lane_index() {
 #pragma GCC unroll 16
   for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
   return index;
+}
+
+// 2 * kLanes neighbouring channels in the order in which they unpack cheapest: the even and the odd ones for bf16,
+// otherwise the first and the second half. Sums stay in that order from load_pair to store_pair or split.
+struct Pair {
+  Vec first, second;
+};
+
+template <class T>
+inline Pair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+inline Pair load_pair(const BFloat16* p) {
+  BitVec bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return {bit_cast<Vec>(bits << 16), bit_cast<Vec>(bits & 0xffff0000u)};
+}
+
+template <class T>
+inline void store_pair(T* p, Pair value) {
+  store(p, value.first);
+  store(p + kLanes, value.second);
+}
+inline void store_pair(BFloat16* p, Pair value) {
+  const BitVec bits = (round_upper_half(value.first) >> 16) | (round_upper_half(value.second) & 0xffff0000u);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// The order of load_pair(const T*) to the order of the channels.
+template <class T>
+inline Pair split(Pair value, T) {
+  return value;
+}
+inline Pair split(Pair value, BFloat16) {
+  const IntVec low = (lane_index() >> 1) + (lane_index() & 1) * kLanes;
+  return {shuffle(value.first, value.second, low), shuffle(value.first, value.second, low + kLanes / 2)};
 }
 
 inline float sum_lanes(Vec v) {

@@ -20,6 +20,9 @@ from lrc_kernels.native import (
 
 __all__ = ["cpu_unavailable", "cuda_unavailable"]
 
+# As `lrc::cpu::Reduce` numbers them.
+REDUCTIONS = {"mean": 0, "sum": 1, "max": 2}
+
 
 def _unit_channel_stride(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
@@ -66,15 +69,29 @@ def cpu_supports_plan(
     zero_policy: str,
     num_heads: int,
 ) -> str | None:
-    if metric.dtype != torch.float32:
-        return f"metric must be fp32, got {str(metric.dtype).removeprefix('torch.')}"
-    if precision != "fp32":
-        return f'precision must be "fp32", got {precision!r}'
-    if zero_policy != "isolate":
-        return f'zero_policy must be "isolate", got {zero_policy!r}'
-    if num_heads != 1:
-        return f"num_heads must be 1, got {num_heads}"
-    return None
+    if precision == "eager_bf16":
+        return f'precision must be "fp32" or "bf16", got {precision!r}'
+    if threshold is not None and zero_policy != "isolate":
+        return f'zero_policy must be "isolate" with a threshold, got {zero_policy!r}'
+    return declines_dtype("metric", metric)
+
+
+def _plan_inputs(
+    num_channels: int, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, r: Tensor, *optional: Tensor | None
+) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
+    """`inputs` of the native plan behind the number of tokens, and what must stay alive while it runs."""
+    cu_in, cu_out = cu_seqlens_in.to(torch.int64).contiguous(), cu_seqlens_out.to(torch.int64).contiguous()
+    r = r.to(torch.int32).contiguous()
+    kept = tuple(None if value is None else value.contiguous() for value in optional)
+    sizes = (num_channels, cu_in.data_ptr(), cu_out.data_ptr(), cu_in.numel() - 1, r.data_ptr(), r.shape[0])
+    return (*sizes, *map(pointer, kept)), (cu_in, cu_out, r, *kept)
+
+
+def _plan_outputs(total: int, num_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """assign, size, weight, anchor, valid; rows of segments that need less room than they have stay 0."""
+    assign, weight = torch.zeros(total, dtype=torch.int32), torch.zeros(total)
+    size, anchor = torch.zeros(num_out), torch.zeros(num_out, dtype=torch.int32)
+    return assign, size, weight, anchor, torch.zeros(num_out, dtype=torch.bool)
 
 
 def cpu_plan(
@@ -93,23 +110,57 @@ def cpu_plan(
     zero_policy: str,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    total = metric.shape[0]
-    metric, r = metric.contiguous(), r.to(torch.int32).contiguous()
-    cu_in, cu_out = cu_seqlens_in.to(torch.int64), cu_seqlens_out.to(torch.int64)
-    size = None if size is None else size.float().contiguous()
-    protected = None if protected is None else protected.contiguous()
-    destination = None if destination is None else destination.contiguous()
-    assign, weight = torch.zeros(total, dtype=torch.int32), torch.zeros(total)
-    size_out, anchor = torch.zeros(num_out), torch.zeros(num_out, dtype=torch.int32)
-    valid = torch.zeros(num_out, dtype=torch.bool)
+    if num_heads != 1:
+        metric = cpu_head_mean(metric, num_heads, [])
+    metric = metric.float().contiguous()
+    size = None if size is None else size.float()
+    inputs, kept = _plan_inputs(metric.shape[1], cu_seqlens_in, cu_seqlens_out, r, size, protected, destination)
+    outputs = _plan_outputs(metric.shape[0], num_out)
     C.tome_plan(
-        *(metric.data_ptr(), total, metric.shape[1], cu_in.data_ptr(), cu_out.data_ptr(), cu_in.numel() - 1),
-        *(r.data_ptr(), r.shape[0], pointer(size), pointer(protected), pointer(destination), num_out),
-        *(threshold, order == "position"),
-        *(assign.data_ptr(), size_out.data_ptr(), weight.data_ptr(), anchor.data_ptr(), valid.data_ptr()),
-        torch.get_num_threads(),
+        *(metric.data_ptr(), (metric.shape[0], *inputs), num_out, threshold, order == "position"),
+        *(precision == "bf16", zero_policy == "isolate", tuple(map(pointer, outputs)), torch.get_num_threads()),
     )
-    return assign, size_out, weight, anchor, valid
+    del kept
+    return outputs
+
+
+def cpu_supports_compress(
+    x: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    r: Tensor,
+    num_out: int,
+    max_seqlen: int,
+    num_heads: int,
+    precision: str,
+    layout: list[int],
+) -> str | None:
+    return declines_dtype("x", x)
+
+
+def cpu_compress(
+    x: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    r: Tensor,
+    num_out: int,
+    max_seqlen: int,
+    num_heads: int,
+    precision: str,
+    layout: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = _unit_channel_stride(x)
+    num_tokens, rows = _token_rows(x, layout)
+    width = rows[0] * rows[1] ** 2
+    inputs, kept = _plan_inputs(width // num_heads, cu_seqlens_in, cu_seqlens_out, r, None, None, None)
+    assign, size, weight, anchor, valid = outputs = _plan_outputs(num_tokens, num_out)
+    y = torch.empty(num_out, width, dtype=x.dtype)
+    C.tome_compress(
+        *(x.data_ptr(), DTYPES[x.dtype], rows, num_heads, (num_tokens, *inputs), num_out, precision == "bf16"),
+        *(tuple(map(pointer, outputs)), y.data_ptr(), torch.get_num_threads()),
+    )
+    del kept, valid
+    return y, assign, size, weight, anchor
 
 
 def cpu_supports_merge(
@@ -125,8 +176,6 @@ def cpu_supports_merge(
     binary_weight: bool,
     layout: list[int],
 ) -> str | None:
-    if reduce == "max":
-        return 'reduce must be "mean" or "sum", got \'max\''
     return declines_dtype("x", x)
 
 
@@ -150,10 +199,30 @@ def cpu_merge(
     y = torch.empty(num_out, rows[0] * rows[1] ** 2, dtype=x.dtype)
     C.tome_merge(
         *(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, assign.data_ptr()),
-        *(size.data_ptr() if reduce == "mean" else 0, pointer(weight), num_out, y.data_ptr()),
+        *(0 if reduce == "sum" else size.data_ptr(), pointer(weight), REDUCTIONS[reduce], num_out, y.data_ptr()),
         torch.get_num_threads(),
     )
     return y
+
+
+def cpu_supports_max_backward(
+    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
+) -> str | None:
+    return declines_dtype("x", x)
+
+
+def cpu_max_backward(
+    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
+) -> Tensor:
+    x, grad, y, assign = _unit_channel_stride(x), grad.contiguous(), y.contiguous(), assign.contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    num_tokens, rows = _token_rows(x, layout)
+    dx = x.new_zeros(x.shape if layout else (num_tokens, x.shape[-1]))
+    C.tome_max_backward(
+        *(grad.data_ptr(), x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, y.data_ptr(), assign.data_ptr()),
+        *(pointer(weight), y.shape[0], dx.data_ptr(), _token_rows(dx, layout)[1], torch.get_num_threads()),
+    )
+    return dx
 
 
 def _gather_inputs(

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from lrc_kernels.backend import Op
-from lrc_kernels.checks import check_choice, check_device, check_int, check_tensor, check_values, values_are_checked
-from lrc_kernels.layout import VarlenLayout
+from lrc_kernels.checks import check_choice, check_device, check_tensor, check_values
 from lrc_kernels.tome import native, reference
-from lrc_kernels.tome.plan import MergeBudget, MergePlan, TokenLayout, merge_budget, merge_schedule, uniform_budget
+from lrc_kernels.tome.arguments import (
+    check_destination,
+    check_features,
+    check_flags,
+    check_heads,
+    check_protected,
+    resolve_budget,
+)
+from lrc_kernels.tome.plan import MergeBudget, MergePlan, TokenLayout, merge_schedule, uniform_budget
 
 PRECISIONS = ("fp32", "bf16", "eager_bf16")
 ORDERS = ("reference", "position")
@@ -61,6 +68,13 @@ def _fake_gather(y: Tensor, assign: Tensor, size: Any, weight: Any, layout: list
     return y.new_empty(frames, prefix + h * w, y.shape[1] // shuffle**2)
 
 
+def _fake_compress(x: Tensor, cu_in: Tensor, cu_out: Tensor, r: Tensor, num_out: int, max_seqlen: int, num_heads: int,
+                   precision: str, layout: list[int]) -> tuple[Tensor, ...]:  # fmt: skip
+    rows, width = _token_shape(x, layout)
+    assign, size, weight, anchor, _ = _fake_plan(x.new_empty(rows, 0), cu_in, cu_out, r, None, None, None, num_out)
+    return x.new_empty(num_out, width), assign, size, weight, anchor
+
+
 head_mean_op = Op("tome_head_mean_fwd(Tensor x, int num_heads, int[] layout) -> Tensor", _fake_head_mean)
 plan_op = Op(
     "tome_plan_fwd(Tensor metric, Tensor cu_seqlens_in, Tensor cu_seqlens_out, Tensor r, Tensor? size, "
@@ -80,6 +94,11 @@ max_backward_op = Op(
     "tome_merge_max_bwd(Tensor grad, Tensor x, Tensor y, Tensor assign, Tensor? weight, int[] layout) -> Tensor",
     lambda grad, x, y, assign, weight, layout: x.new_empty(x.shape if layout else (assign.shape[0], x.shape[-1])),
 )
+compress_op = Op(
+    "tome_compress_fwd(Tensor x, Tensor cu_seqlens_in, Tensor cu_seqlens_out, Tensor r, SymInt num_out, "
+    "SymInt max_seqlen, int num_heads, str precision, int[] layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_compress,
+)
 
 
 def _triton(name: str) -> Any:
@@ -91,9 +110,32 @@ def _triton(name: str) -> Any:
     return launch
 
 
-for _op, _name in ((head_mean_op, "head_mean"), (plan_op, "plan"), (merge_op, "merge"), (gather_op, "gather")):
-    _op.implement("reference", getattr(reference, _name))
-    _op.implement("triton", _triton(f"launch_{_name}"), supports=_triton(f"supports_{_name}"))
+def _compress_in_steps(backend: str) -> Any:
+    """The head mean, the plan and the merge of a backend that has no kernel for the whole."""
+
+    def run(x: Tensor, cu_in: Tensor, cu_out: Tensor, r: Tensor, num_out: int, max_seqlen: int, num_heads: int,
+            precision: str, layout: list[int]) -> tuple[Tensor, ...]:  # fmt: skip
+        head_mean, plan, merge = (op.implementations[backend].run for op in (head_mean_op, plan_op, merge_op))
+        metric = head_mean(x, num_heads, layout)
+        options = (num_out, max_seqlen, None, precision, "reference", "isolate", 1)
+        assign, size, weight, anchor, _ = plan(metric, cu_in, cu_out, r, None, None, None, *options)
+        y = merge(x, assign, size, weight, cu_in, cu_out, num_out, max_seqlen, "mean", True, layout)
+        return y, assign, size, weight, anchor
+
+    return run
+
+
+for _op, _name in (
+    (head_mean_op, "head_mean"),
+    (plan_op, "plan"),
+    (merge_op, "merge"),
+    (gather_op, "gather"),
+    (max_backward_op, "max_backward"),
+    (compress_op, "compress"),
+):
+    _op.implement("reference", getattr(reference, _name, None) or _compress_in_steps("reference"))
+    if _op not in (max_backward_op, compress_op):
+        _op.implement("triton", _triton(f"launch_{_name}"), supports=_triton(f"supports_{_name}"))
     for _backend in ("cpu", "cuda"):
         if hasattr(native, f"{_backend}_{_name}"):
             _op.implement(
@@ -102,7 +144,11 @@ for _op, _name in ((head_mean_op, "head_mean"), (plan_op, "plan"), (merge_op, "m
                 supports=getattr(native, f"{_backend}_supports_{_name}"),
                 available=getattr(native, f"{_backend}_unavailable"),
             )
-max_backward_op.implement("reference", reference.max_backward)
+compress_op.implement(
+    "triton",
+    _compress_in_steps("triton"),
+    supports=lambda x, *rest: head_mean_op.implementations["triton"].supports(x, rest[-3], rest[-1]),
+)
 
 
 class _HeadMean(torch.autograd.Function):
@@ -143,6 +189,27 @@ class _Merge(torch.autograd.Function):
         return dx.reshape(ctx.x_shape), *[None] * 9
 
 
+class _Compress(torch.autograd.Function):
+    """(y, assign, size, weight, anchor) of clips; only y has a gradient, which is that of the merge."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cu_in: Tensor, cu_out: Tensor, r: Tensor, num_out: int, max_seqlen: int,
+                num_heads: int, precision: str, layout: list[int]) -> tuple[Tensor, ...]:  # fmt: skip
+        y, *plan = compress_op(x, cu_in, cu_out, r, num_out, max_seqlen, num_heads, precision, layout)
+        assign, size, weight, _ = plan
+        ctx.mark_non_differentiable(*plan)
+        ctx.save_for_backward(assign, size, weight, cu_in, cu_out)
+        ctx.options = (max_seqlen, "mean", True, layout)
+        ctx.x_shape = x.shape
+        return y, *plan
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        assign, size, weight, cu_in, cu_out = ctx.saved_tensors
+        dx = _Gather.apply(grads[0], assign, size, weight, cu_in, cu_out, size, *ctx.options)
+        return dx.reshape(ctx.x_shape), *[None] * 8
+
+
 class _Gather(torch.autograd.Function):
     """x = gather(y), the transpose of the merge; `out_size` and what follows it are what the merge needs."""
 
@@ -175,15 +242,11 @@ def head_mean(x: Tensor, num_heads: int, *, layout: TokenLayout | None = None) -
 
     Source: the released connector's metric (InternVideo2.5 section 3.1); 32 heads of 128 channels in the 8B model.
     """
-    ints, batch = _check_features(x, layout)
-    width = x.shape[-1] * (layout.shuffle**2 if layout is not None else 1)
-    check_int("num_heads", num_heads, minimum=1)
-    if width % num_heads:
-        raise ValueError(f"num_heads must divide the token width {width}, got {num_heads}")
+    ints, batch = check_heads(x, num_heads, layout)
     metric = _HeadMean.apply(x, num_heads, ints)
     if batch is None:
         return metric
-    return metric.view(batch, x.shape[1] if layout is None else layout.tokens_per_clip, width // num_heads)
+    return metric.view(batch, x.shape[1] if layout is None else layout.tokens_per_clip, metric.shape[1])
 
 
 def plan_merge(
@@ -226,7 +289,7 @@ def plan_merge(
     check_choice("order", order, ORDERS)
     check_choice("zero_policy", zero_policy, ZERO_POLICIES)
     check_tensor("metric", metric, dims=(2, 3))
-    budget = _resolve_budget(metric, budget, target, r)
+    budget = resolve_budget(metric, budget, target, r)
     return _plan(
         metric.detach().flatten(0, -2),
         budget,
@@ -257,7 +320,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, *, layout: TokenLayout | None = Non
         TypeError, ValueError: x does not fit the plan (rows, device, dtype), an unknown reduce.
     """
     check_choice("reduce", reduce, REDUCTIONS)
-    ints, batch = _check_features(x, layout)
+    ints, batch = check_features(x, layout)
     rows = _token_shape(x, ints)[0]
     if rows != plan.assign.shape[0]:
         raise ValueError(f"x must hold the plan's {plan.assign.shape[0]} tokens, got {rows}")
@@ -293,7 +356,7 @@ def unmerge_tokens(y: Tensor, plan: MergePlan) -> Tensor:
     Raises:
         TypeError, ValueError: y does not fit the plan.
     """
-    _, batch = _check_features(y, None, name="y")
+    _, batch = check_features(y, None, name="y")
     rows = y.flatten(0, -2)
     if rows.shape[0] != plan.num_out:
         raise ValueError(f"y must hold the plan's {plan.num_out} rows, got {rows.shape[0]}")
@@ -345,13 +408,22 @@ def compress_clips(
     check_choice("precision", precision, PRECISIONS)
     if isinstance(x, Tensor) and x.dim() != 3:
         raise ValueError(f"x must have shape [B, N, D] (or [F, prefix + h*w, D] with a layout), got {list(x.shape)}")
-    metric = head_mean(x.detach() if isinstance(x, Tensor) else x, num_heads, layout=layout)
-    budget = _resolve_budget(metric, None, target, None)
-    payload, heads = metric.flatten(0, 1), 1
-    if precision == "eager_bf16":
-        payload, heads = reference.tokens_of(x.detach(), layout.as_ints() if layout else []).flatten(0, 1), num_heads
-    plan = _plan(payload, budget, None, None, None, None, precision, "reference", "isolate", heads)
-    y = merge_tokens(x, plan, layout=layout)
+    ints, batch = check_heads(x, num_heads, layout)
+    length = x.shape[1] if layout is None else layout.tokens_per_clip
+    assert batch is not None
+    budget = uniform_budget(batch, length, merge_schedule(length, target), x.device)
+    if x.device.type == "cpu" and precision != "eager_bf16":
+        sizes = (budget.num_out, budget.layout_in.max_seqlen, num_heads, precision, ints)
+        layouts = (budget.layout_in, budget.layout_out)
+        y, assign, size, weight, anchor = _Compress.apply(x, *(one.cu_seqlens for one in layouts), budget.r, *sizes)
+        plan = MergePlan(assign, size, weight, anchor, None, *layouts)
+        y = y.view(batch, budget.layout_out.max_seqlen, y.shape[1])
+    else:
+        payload, heads = head_mean(x.detach(), num_heads, layout=layout).flatten(0, 1), 1
+        if precision == "eager_bf16":
+            payload, heads = reference.tokens_of(x.detach(), ints).flatten(0, 1), num_heads
+        plan = _plan(payload, budget, None, None, None, None, precision, "reference", "isolate", heads)
+        y = merge_tokens(x, plan, layout=layout)
     return (y, plan) if return_plan else y
 
 
@@ -380,16 +452,16 @@ def _plan(
         check_tensor("size", size, dims=(1, 2), numel=total, like=payload)
         check_values("size", size, (size.float() >= 0) & size.isfinite(), "finite and >= 0")
         size = size.detach().float().reshape(total).contiguous()
-    protected = _check_flags("protected", protected, payload)
-    destination = _check_flags("destination", destination, payload)
+    protected = check_flags("protected", protected, payload)
+    destination = check_flags("destination", destination, payload)
     if protected is not None:
-        _check_protected(protected, budget)
+        check_protected(protected, budget)
     if destination is not None and budget.num_iterations > 1:
         raise ValueError(
             f"destination fixes set B of one iteration, got a budget of {budget.num_iterations} iterations"
         )
     if destination is not None:
-        _check_destination(destination, protected, budget)
+        check_destination(destination, protected, budget)
     if threshold is not None and not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold must be a float, got {type(threshold).__name__}")
     layout_out = budget.layout_out if threshold is None else budget.layout_in
@@ -419,67 +491,3 @@ def _plan(
         layout_out=layout_out,
         binary_weight=size is None,
     )
-
-
-def _resolve_budget(
-    metric: Tensor, budget: MergeBudget | None, target: int | None, r: int | list[int] | None
-) -> MergeBudget:
-    if budget is not None:
-        if target is not None or r is not None:
-            raise ValueError(f"budget already fixes the merge, got target={target!r}, r={r!r} besides it")
-        if not isinstance(budget, MergeBudget):
-            raise TypeError(f"budget must be a MergeBudget, got {type(budget).__name__}")
-        rows = metric.shape[0] if metric.dim() == 2 else metric.shape[0] * metric.shape[1]
-        if rows != budget.layout_in.num_tokens:
-            raise ValueError(f"metric must hold the budget's {budget.layout_in.num_tokens} tokens, got {rows}")
-        check_device("metric", metric, budget.r)
-        return budget
-    if metric.dim() != 3:
-        raise ValueError("a packed metric [T, K] needs a budget (merge_budget), got none")
-    batch, length = metric.shape[0], metric.shape[1]
-    if target is not None and r is None:
-        return uniform_budget(batch, length, merge_schedule(length, target), metric.device)
-    return merge_budget(VarlenLayout([length] * batch, metric.device), target=target, r=r)
-
-
-def _check_features(x: Tensor, layout: TokenLayout | None, name: str = "x") -> tuple[list[int], int | None]:
-    check_tensor(name, x, dims=(2, 3))
-    if layout is None:
-        return [], x.shape[0] if x.dim() == 3 else None
-    if not isinstance(layout, TokenLayout):
-        raise TypeError(f"layout must be a TokenLayout, got {type(layout).__name__}")
-    return layout.as_ints(), layout.num_clips(x)
-
-
-def _check_flags(name: str, flags: Tensor | None, payload: Tensor) -> Tensor | None:
-    if flags is None:
-        return None
-    check_tensor(name, flags, dims=(1, 2), dtypes=(torch.bool,), numel=payload.shape[0], like=payload)
-    return flags.reshape(-1).contiguous()
-
-
-def _check_protected(protected: Tensor, budget: MergeBudget) -> None:
-    if not values_are_checked(protected):
-        return
-    for segment, flags in enumerate(protected.split(list(budget.layout_in.lengths))):
-        if int(flags.sum()) > budget.num_protected:
-            raise ValueError(
-                f"protected must mark at most num_protected = {budget.num_protected} tokens of a segment "
-                f"(merge_budget(num_protected=...)), got {int(flags.sum())} in segment {segment}"
-            )
-
-
-def _check_destination(destination: Tensor, protected: Tensor | None, budget: MergeBudget) -> None:
-    if not values_are_checked(destination) or budget.num_iterations == 0:
-        return
-    movable, open_ = ~destination, destination
-    if protected is not None:
-        movable, open_ = movable & ~protected, open_ & ~protected
-    lengths = list(budget.layout_in.lengths)
-    for segment, (sources, receivers) in enumerate(zip(movable.split(lengths), open_.split(lengths), strict=True)):
-        r = int(budget.r[0, segment])
-        if r > int(sources.sum()) or (r > 0 and not bool(receivers.any())):
-            raise ValueError(
-                f"destination must leave r = {r} sources and one receiver in segment {segment}, "
-                f"got {int(sources.sum())} and {int(receivers.sum())}"
-            )

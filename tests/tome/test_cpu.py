@@ -5,12 +5,12 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lrc_kernels import VarlenLayout, native
 from lrc_kernels.backend import record, use_backend
-from lrc_kernels.testing import assert_close, assert_equal_index, make_input
+from lrc_kernels.testing import assert_close
 from lrc_kernels.tome import (
     MergeBudget,
     TokenLayout,
@@ -28,44 +28,9 @@ if native.cpu_unavailable() is not None:
     pytest.skip(native.cpu_unavailable(), allow_module_level=True)
 
 from lrc_kernels import _C
+from tests.tome.cpu_cases import DTYPES, FORMS, ISAS, PROPERTY, random_plan, spoil_rows, tokens_in_any_form
 
-ISAS = _C.cpu_isas()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MARGIN = 1e-5
-PROPERTY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-
-
-@pytest.fixture(autouse=True)
-def cpu_backend():
-    """Every op runs on the cpu backend or raises, but for the references that a test asks for by name."""
-    best = _C.cpu_isa()
-    with use_backend("cpu"), record() as ran:
-        yield ran
-    _C.set_cpu_isa(best)
-    assert not ran or "cpu" in {backend for _, backend in ran}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _C.set_cpu_isa(request.param)
-    return request.param
-
-
-def tokens_in_any_form(form, batch, n, width, dtype, generator):
-    """(x, layout): dense, a slice without its first token, every second token, transposed, packed, or a ViT output."""
-    if form == "vit":
-        layout = TokenLayout(clip_frames=2, grid=(4, 2 * n), shuffle=2, prefix=1)
-        return torch.randn(2 * batch, layout.rows_per_frame, width, generator=generator).to(dtype), layout
-    if form == "packed":
-        return torch.randn(n, width, generator=generator).to(dtype), None
-    if form == "every second":
-        return torch.randn(batch, 2 * n, width, generator=generator).to(dtype)[:, ::2], None
-    if form == "transposed":
-        return torch.randn(width, batch, n, generator=generator).to(dtype).permute(1, 2, 0), None
-    return torch.randn(batch, n + 1, width, generator=generator).to(dtype)[:, 1:], None
-
-
-FORMS = st.sampled_from(["dense", "every second", "transposed", "packed", "vit"])
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 @PROPERTY
@@ -96,157 +61,6 @@ def test_heads_that_straddle_the_pieces_of_a_token(random, isa):
     assert_close(metric, reference.head_mean(x.double(), 6, layout.as_ints()), same)
 
 
-def decision_margin(metric, schedule, size, protected, destination):
-    """The smallest gap, in fp64, that decides anything along a segment's schedule: best against second best partner,
-    and neighbours in the ranking from rank r on."""
-    payload, margin = metric.double(), torch.inf
-    for r in schedule:
-        if r == 0:
-            continue
-        n = payload.shape[0]
-        in_b = torch.arange(n) % 2 == 1 if destination is None else destination
-        a, b = (~in_b).nonzero()[:, 0], in_b.nonzero()[:, 0]
-        unit = payload / payload.norm(dim=1, keepdim=True)
-        similarity = (unit[a] @ unit[b].T).nan_to_num(-2.0).masked_fill(protected[b], -2.0)
-        best = similarity.topk(min(2, b.numel()), dim=1).values
-        if best.shape[1] == 2:
-            gaps = best[:, 0] - best[:, 1]
-            margin = min(margin, *gaps[best[:, 0] > -2].tolist(), torch.inf)
-        ranked = best[:, 0][~protected[a]].sort(descending=True).values
-        if r < a.numel():
-            gaps = (ranked[:-1] - ranked[1:])[max(r - 1, 0) :]
-            margin = min(margin, *gaps[ranked[1:][max(r - 1, 0) :] > -2].tolist(), torch.inf)
-        assign, next_size, weight, _ = reference.plan_segment(
-            payload, [r], size.double(), protected, destination, None, "fp32", "reference", "isolate", 1
-        )
-        payload = reference.weighted_mean(payload, weight, assign, n - r)[0]
-        protected = torch.zeros(n - r, dtype=torch.bool).index_fill(0, assign[protected], True)
-        size = next_size
-    return margin
-
-
-def assert_plan_equals_reference(metric, budget, **options):
-    """Every index equal, sizes within the tolerance; the caller has made sure of the margins."""
-    plan = plan_merge(metric, budget, **options)
-    with use_backend("reference"):
-        expected = plan_merge(metric.double(), budget, **options)
-    for name in ("assign", "anchor"):
-        assert_equal_index(getattr(plan, name), getattr(expected, name), name=name)
-    torch.testing.assert_close(plan.size, expected.size, rtol=1e-6, atol=0)
-    assert torch.equal(plan.weight, expected.weight)
-    if plan.valid is not None:
-        assert_equal_index(plan.valid, expected.valid, name="valid")
-    return plan
-
-
-@PROPERTY
-@given(
-    lengths=st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 33, 64, 101]), min_size=1, max_size=3),
-    channels=st.sampled_from([2, 7, 16, 24, 88, 128]),
-    r=st.lists(st.integers(0, 40), min_size=1, max_size=4),
-    num_protected=st.integers(0, 2),
-    weights=st.sampled_from(["none", "whole", "real", "with zeros"]),
-    order=st.sampled_from(op.ORDERS),
-    value=st.sampled_from([0.0, torch.nan, torch.inf, 1e30, 1e-40]),
-    spoiled=st.sampled_from(["none", "one", "half", "all"]),
-    isa=st.sampled_from(ISAS),
-    seed=st.integers(0, 2**31),
-)
-def test_plan(lengths, channels, r, num_protected, weights, order, value, spoiled, isa, seed):
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    metric = torch.randn(total, channels, generator=generator)
-    # A token of extreme length is a token like any other; 0, NaN and infinity have no direction.
-    victims = torch.rand(total, generator=generator) < {"none": 0.0, "one": 0.0, "half": 0.5, "all": 1.0}[spoiled]
-    if spoiled == "one" and total:
-        victims[torch.randint(total, (), generator=generator)] = True
-    if value in (1e30, 1e-40):
-        assume(int(victims.sum()) <= 1)
-        metric[victims] *= value
-    else:
-        metric[victims, 0] = value
-        metric[victims] *= value
-    size = {
-        "none": None,
-        "whole": torch.randint(1, 4, (total,), generator=generator).float(),
-        "real": torch.rand(total, generator=generator) + 0.1,
-        "with zeros": torch.randint(0, 3, (total,), generator=generator).float(),
-    }[weights]
-    layout = VarlenLayout(lengths)
-    protected = torch.zeros(total, dtype=torch.bool)
-    for start, n in zip(layout.cu_seqlens.tolist(), lengths, strict=False):
-        protected[start + torch.randperm(n, generator=generator)[:num_protected]] = True
-    budget = merge_budget(layout, r=r, num_protected=num_protected)
-    ones = torch.ones(total) if size is None else size
-    for segment, rows in enumerate(torch.arange(total).split(lengths)):
-        schedule = budget.r[:, segment].tolist()
-        assume(decision_margin(metric[rows], schedule, ones[rows], protected[rows], None) > MARGIN)
-    _C.set_cpu_isa(isa)
-    assert_plan_equals_reference(metric, budget, size=size, protected=protected, order=order)
-
-
-@PROPERTY
-@given(
-    n=st.integers(2, 50),
-    threshold=st.floats(-0.5, 0.9),
-    by_destination=st.booleans(),
-    isa=st.sampled_from(ISAS),
-    seed=st.integers(0, 2**31),
-)
-def test_plan_with_threshold_and_destination(n, threshold, by_destination, isa, seed):
-    generator = torch.Generator().manual_seed(seed)
-    metric = torch.randn(n, 12, generator=generator)
-    destination = None
-    if by_destination:
-        destination = torch.rand(n, generator=generator) < 0.4
-        destination[torch.randint(n, (), generator=generator)] = True
-    sources = (n + 1) // 2 if destination is None else int((~destination).sum())
-    r = min(sources, n // 2, 1 + seed % n)
-    assume(r > 0)
-    nothing = torch.zeros(n, dtype=torch.bool)
-    assume(decision_margin(metric, [r], torch.ones(n), nothing, destination) > MARGIN)
-    in_b = torch.arange(n) % 2 == 1 if destination is None else destination
-    unit = metric.double() / metric.double().norm(dim=1, keepdim=True)
-    score = (unit[~in_b] @ unit[in_b].T).amax(1)
-    # With a threshold every source is ranked, so every gap counts.
-    ranked = score.sort(descending=True).values
-    assume(bool(((ranked[:-1] - ranked[1:]) > MARGIN).all()) and bool(((score - threshold).abs() > MARGIN).all()))
-    _C.set_cpu_isa(isa)
-    budget = merge_budget(VarlenLayout([n]), r=r)
-    plan = assert_plan_equals_reference(metric, budget, threshold=threshold, destination=destination)
-    assert plan.valid.sum() == n - int((score.topk(r).values >= threshold).sum())
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "video_like"])
-def test_one_iteration_on_a_whole_clip(kind, isa):
-    """2048 tokens always hold near-ties: each decision is compared by itself, where its own margin is wide enough."""
-    metric = make_input(kind, (2048, 128), seed=3)
-    plan = plan_merge(metric, merge_budget(VarlenLayout([2048]), r=700))
-    unit = metric.double() / metric.double().norm(dim=1, keepdim=True)
-    best = (unit[0::2] @ unit[1::2].T).topk(2, dim=1)
-    score, boundary = best.values[:, 0], best.values[:, 0].sort(descending=True).values[699:701].mean()
-    merged = ~torch.isin(torch.arange(0, 2048, 2), plan.anchor)
-    assert int(merged.sum()) == 700
-    decided = (score - boundary).abs() > MARGIN
-    assert torch.equal(merged[decided], (score > boundary)[decided]) and decided.float().mean() > 0.9
-    clear = merged & (best.values[:, 0] - best.values[:, 1] > MARGIN)
-    partner = plan.anchor[plan.assign[0::2].long()].long()
-    assert torch.equal(partner[clear], 2 * best.indices[:, 0][clear] + 1) and clear.float().mean() > 0.25
-    unmerged = score[plan.anchor[: 1024 - 700].long() // 2]
-    assert (unmerged[:-1] - unmerged[1:]).min() > -MARGIN
-    counts = torch.bincount(plan.assign.long(), minlength=plan.num_out).float()
-    assert torch.equal(plan.size, counts)
-
-
-def test_ties_go_to_the_first_partner_and_keep_the_order(isa):
-    metric = make_input("all_equal", (97, 24))
-    plan = plan_merge(metric, merge_budget(VarlenLayout([97]), r=30))
-    assert plan.assign[0:60:2].unique().tolist() == [plan.assign[1].item()]
-    assert plan.anchor.tolist() == [*range(60, 97, 2), *range(1, 97, 2)]
-    whole = plan_merge(metric, merge_budget(VarlenLayout([97]), r=48))
-    assert whole.size.tolist() == [1.0, 49.0] + [1.0] * 47
-
-
 @pytest.mark.parametrize("spoil", [0.0, torch.nan, torch.inf, -torch.inf])
 def test_spoiled_token_touches_nothing_else(spoil, isa, random):
     x = torch.randn(3, 48, 32, generator=random)
@@ -265,6 +79,36 @@ def test_spoiled_token_touches_nothing_else(spoil, isa, random):
     assert torch.equal(spoiled[others], clean.flatten(0, 1)[others])
 
 
+@PROPERTY
+@given(
+    form=st.sampled_from(["dense", "every second", "transposed", "vit"]),
+    batch=st.integers(0, 3),
+    n=st.integers(1, 40),
+    head_dim=st.sampled_from([1, 8, 32, 88]),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_the_whole_has_the_bits_of_its_steps(form, batch, n, head_dim, precision, dtype, isa, threads, seed):
+    x, layout = tokens_in_any_form(form, batch, n, 3 * head_dim, dtype, torch.Generator().manual_seed(seed))
+    _C.set_cpu_isa(isa)
+    metric = head_mean(x, 3, layout=layout)
+    target = 1 + seed % metric.shape[1]
+    steps = plan_merge(metric, target=target, precision=precision)
+    torch.set_num_threads(threads)
+    try:
+        with record() as ran:
+            y, plan = compress_clips(x, target, 3, layout=layout, precision=precision, return_plan=True)
+    finally:
+        torch.set_num_threads(1)
+    assert ran == [("tome_compress_fwd", "cpu")]
+    assert torch.equal(y, merge_tokens(x, steps, layout=layout))
+    for name in ("assign", "size", "weight", "anchor"):
+        assert torch.equal(getattr(plan, name), getattr(steps, name)), name
+
+
 def test_every_token_spoiled(isa):
     y, plan = compress_clips(torch.zeros(2, 33, 16), 5, 2, return_plan=True)
     with use_backend("reference"), record() as ran:
@@ -272,19 +116,6 @@ def test_every_token_spoiled(isa):
     assert {backend for _, backend in ran} == {"reference"}
     assert torch.equal(plan.assign, expected.assign) and torch.equal(plan.size, expected.size)
     assert torch.equal(y, torch.zeros(2, 5, 16))
-
-
-def random_plan(num_tokens, num_out, weights, generator):
-    """A plan with any assignment, so that groups of 0, 1 and many tokens occur."""
-    hub = torch.rand(num_tokens, generator=generator) < 0.5
-    assign = torch.where(hub, 0, torch.randint(num_out, (num_tokens,), generator=generator)).int()
-    weight = None
-    if weights != "none":
-        high = 1.0 if weights == "binary" else 3.0
-        weight = (torch.rand(num_tokens, generator=generator) * (1 + high)).floor()
-        weight = weight if weights == "binary" else weight * torch.rand(num_tokens, generator=generator)
-    ones = torch.ones(num_tokens) if weight is None else weight
-    return assign, torch.zeros(num_out).index_add(0, assign.long(), ones), weight
 
 
 @PROPERTY
@@ -295,7 +126,7 @@ def random_plan(num_tokens, num_out, weights, generator):
     width=st.sampled_from([1, 3, 16, 40, 88, 130, 2050]),
     num_out=st.integers(1, 9),
     weights=st.sampled_from(["none", "binary", "real"]),
-    reduce=st.sampled_from(["mean", "sum"]),
+    reduce=st.sampled_from(op.REDUCTIONS),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(ISAS),
     seed=st.integers(0, 2**31),
@@ -314,18 +145,15 @@ def test_merge_and_gather(form, batch, n, width, num_out, weights, reduce, dtype
     _C.set_cpu_isa(isa)
     y = op.merge_op(x, assign, size, *rest)
     assert_close(y, reference.merge(x.double(), assign, size, *rest), reference.merge(x, assign, size, *rest), name=isa)
+    if reduce == "max":
+        upstream = torch.randn(y.shape, generator=generator).to(dtype)
+        dx = op.max_backward_op(upstream, x, y, assign, weight, ints)
+        assert torch.equal(dx, reference.max_backward(upstream, x, y, assign, weight, ints))
+        return
     for divisor in (None, size):
         back = op.gather_op(y, assign, divisor, weight, ints)
         expected = reference.gather(y.double(), assign, divisor, weight, ints)
         assert_close(back, expected, reference.gather(y, assign, divisor, weight, ints), name=isa)
-
-
-def spoil_rows(x, ints, tokens):
-    """x with NaN in these tokens: a token of weight 0 must not be read into any sum."""
-    mark = torch.zeros(reference.tokens_of(x, ints).flatten(0, -2).shape)
-    mark[tokens] = 1.0
-    where = reference.rows_of(mark, ints).reshape(x.shape) if ints else mark.reshape(x.shape)
-    return torch.where(where > 0, torch.nan, x.float()).to(x.dtype)
 
 
 def test_backward_of_the_merge_runs_on_the_kernels(isa, random, cpu_backend):
@@ -408,20 +236,7 @@ def test_empty_inputs(isa):
     assert merge_tokens(torch.zeros(0, 9), empty).shape == (0, 9)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"zero_policy": "reference"}, "zero_policy"),
-        ({"precision": "bf16"}, "precision"),
-    ],
-)
-def test_plan_declines(options, reason, random):
-    metric = torch.randn(1, 8, 4, generator=random)
-    with pytest.raises(RuntimeError, match=reason):
-        plan_merge(metric, target=4, **options)
-
-
-def test_declines_fp64_and_max(random):
+def test_declines_fp64(random):
     x = torch.randn(1, 8, 4, generator=random)
     plan = plan_merge(x, target=4)
     for call in (
@@ -432,8 +247,6 @@ def test_declines_fp64_and_max(random):
     ):
         with pytest.raises(RuntimeError, match="fp32"):
             call()
-    with pytest.raises(RuntimeError, match="max"):
-        merge_tokens(x, plan, reduce="max")
 
 
 def test_a_plan_that_does_not_fit_is_refused(random):

@@ -22,7 +22,7 @@ compress_clips(x[:1, :64], 16, 32)  # what the first call allocates once is not 
 before = peak()
 with backend.record() as ran:
     y = compress_clips(x, target, 32)
-assert [name for _, name in ran] == ["cpu"] * 3, ran
+assert ran == [("tome_compress_fwd", "cpu")], ran
 print((peak() - before) / (x.numel() * x.element_size()))
 """
 
@@ -34,4 +34,4 @@ def test_peak_memory_is_a_fraction_of_the_input(batch, tokens, target, dtype):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) <= 0.3
+    assert float(run.stdout) <= 0.25

@@ -79,9 +79,9 @@ def op_samples(random, dtype, backend):
     yield "tome_plan_fwd", (metric, cu_in, cu_out, budget.r, ones, ones == 0, None, *common, *options)
     yield "tome_merge_fwd", (x, plan.assign, plan.size, plan.weight, cu_in, cu_out, *common, "mean", True, [])
     yield "tome_gather_fwd", (y.flatten(0, 1), plan.assign, plan.size, plan.weight, [])
-    if backend == "reference":
-        best = merge_tokens(x, plan, reduce="max").flatten(0, 1)
-        yield "tome_merge_max_bwd", (best, x, best, plan.assign, plan.weight, [])
+    yield "tome_compress_fwd", (x, cu_in, cu_out, budget.r, *common, 2, "fp32", [])
+    best = merge_tokens(x, plan, reduce="max").flatten(0, 1)
+    yield "tome_merge_max_bwd", (best, x, best, plan.assign, plan.weight, [])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -92,8 +92,7 @@ def test_opcheck(random, backend):
             for name, args in op_samples(random, dtype, backend):
                 torch.library.opcheck(getattr(torch.ops.lrc, name).default, args)
                 seen.add(name)
-    if backend == "reference":
-        assert seen == {name for name in OPS if name.startswith("tome_")}
+    assert seen == {name for name in OPS if name.startswith("tome_")}
 
 
 def packs(random, count):
