@@ -7,12 +7,14 @@ Bytes are what any planner must move: three columns read, a sample number writte
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.peers import packers
 from benchmarks.peers import packing as peers
 from lrc_kernels.packing import PackConfig, PackPlan, plan_packs
 from lrc_kernels.packing.config import STRATEGIES
@@ -85,6 +87,36 @@ def test_plan_packs_beside_peers(bench, columns):
         samples=lengths.size,
         utilisation=round(plan_packs(columns, ours["open_best_fit"]).stats().utilisation, 4),
         **{f"utilisation_{name}": value for name, value in utilisation.items()},
+    )
+
+
+def test_utilisation_beside_installed_packers(bench, columns):
+    """What other libraries' own packers fill, those that are installed, each run once; the others as restated."""
+    lengths = columns["num_tokens"]
+    arriving = lengths[Permutation(lengths.size, 0, 0).all()].tolist()
+    check, check_plan = (exactly_once_within(values, CAPACITY) for values in (np.array(arriving), lengths))
+    originals, figures = packers.installed(), {}
+    for name, pack in {**PEERS, **originals}.items():
+        started = time.perf_counter()
+        packs = pack(arriving, CAPACITY)
+        seconds = time.perf_counter() - started
+        check(packs)
+        utilisation = float(lengths.sum() / CAPACITY / len(packs))
+        form = "original" if name in originals else "restated"
+        print(f"{name:<22} {form}  {utilisation:.4f}  {seconds:.2f} s")
+        figures |= {f"utilisation_{name}_{form}": round(utilisation, 4), f"seconds_{name}_{form}": round(seconds, 3)}
+        if name in originals and name in PEERS:
+            assert len(packs) == len(PEERS[name](arriving, CAPACITY)), "the restated form packs otherwise"
+    for strategy in STRATEGIES:
+        stats = plan_packs(columns, PackConfig(max_tokens=CAPACITY, strategy=strategy)).stats()
+        print(f"{'lrc ' + strategy:<32}  {stats.utilisation:.4f}  at most {stats.lateness} late")
+        figures[f"utilisation_lrc_{strategy}"] = round(stats.utilisation, 4)
+    bench(
+        lambda: plan_packs(columns, PackConfig(max_tokens=CAPACITY), impl="cpp"),
+        bytes_moved=BYTES_PER_SAMPLE * lengths.size,
+        check=check_plan,
+        samples=lengths.size,
+        **figures,
     )
 
 

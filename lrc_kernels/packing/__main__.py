@@ -20,6 +20,7 @@ from lrc_kernels.packing.sampling import TemporalSampling
 from lrc_kernels.packing.simulate import read_lengths, stage3_lengths
 
 _PADDED_BATCH = 8
+_BARS = ".,:-=+*#@"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class _Row:
     stats: PackStats
     imbalance: dict[str, float]
     seconds: float
+    fullness: str
 
 
 def _max_cost(text: str) -> float | str:
@@ -104,7 +106,14 @@ def _row(columns: dict[str, Any], config: PackConfig, options: argparse.Namespac
             balance=balance,  # type: ignore[arg-type]
         )
         uneven[balance] = steps.stats(options.ranks).imbalance if steps.num_steps else float("nan")
-    return _Row(config.strategy, plan.stats(), uneven, seconds)
+    return _Row(config.strategy, plan.stats(), uneven, seconds, _histogram(plan.n_tokens / config.max_tokens))
+
+
+def _histogram(shares: Any) -> str:
+    """How many packs are up to a tenth, two tenths, ... full: from a dot for none to @ for the most."""
+    counts, _ = np.histogram(shares, bins=10, range=(0.0, 1.0))
+    heights = np.ceil(counts / max(1, counts.max()) * (len(_BARS) - 1)).astype(int)
+    return "".join(_BARS[height] for height in heights)
 
 
 def _padded_utilisation(num_tokens: Any, batch: int) -> float:
@@ -115,7 +124,7 @@ def _padded_utilisation(num_tokens: Any, batch: int) -> float:
 
 def _table(columns: dict[str, Any], rows: list[_Row], options: argparse.Namespace) -> str:
     stats = rows[0].stats
-    head = ["strategy", "packs", "utilisation", "binding", "lateness", "none", "lpt", "group", "seconds"]
+    head = ["strategy", "packs", "utilisation", "binding", "lateness", "none", "lpt", "group", "seconds", "fullness"]
     cells = [
         [f"padded batches of {_PADDED_BATCH}", "-", f"{_padded_utilisation(columns['num_tokens'], _PADDED_BATCH):.4f}"]
     ]
@@ -124,7 +133,7 @@ def _table(columns: dict[str, Any], rows: list[_Row], options: argparse.Namespac
         binding = ", ".join(f"{name} {share:.0%}" for name, share in row.stats.binding.items() if share)
         cells.append([row.strategy, f"{row.stats.num_packs}", f"{row.stats.utilisation:.4f}", binding or "-"])
         cells[-1] += [f"{row.stats.lateness}", *(f"{row.imbalance[name]:.4f}" for name in head[5:8])]
-        cells[-1].append(f"{row.seconds:.3f}")
+        cells[-1] += [f"{row.seconds:.3f}", row.fullness]
     widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -136,6 +145,7 @@ def _table(columns: dict[str, Any], rows: list[_Row], options: argparse.Namespac
         f"packs of {options.max_tokens} tokens",
         f"none, lpt, group: by balance, the cost of the busiest of {options.ranks} ranks over that of the mean rank, "
         f"{options.accumulate} packs each",
+        "fullness: how many packs are up to 10, 20, ... 100 % full, from . for none to @ for the most",
         "",
     ]
     return "\n".join([*notes, *lines])

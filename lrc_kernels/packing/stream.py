@@ -75,7 +75,7 @@ class VideoStream:
         file = path.path if isinstance(path, MediaSlice) else path
         if not file.exists():
             raise FileNotFoundError(f"no such video file: {path}")
-        self._path = path
+        self.path = path
         self._url = path.url if isinstance(path, MediaSlice) else f"file:{path}"
         self._error: type[Exception] = av.FFmpegError
         self._open = av.open
@@ -110,6 +110,24 @@ class VideoStream:
     def codec(self) -> str:
         return self._stream.codec_context.name
 
+    @property
+    def index(self) -> int:
+        """The stream's number among all streams of the file."""
+        return self._stream.index
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the file lists its keyframes."""
+        return any(name in INDEXED_FORMATS for name in self._container.format.name.split(","))
+
+    def seconds_within_tick(self, time_s: float) -> float:
+        """The stream's own second in the middle of the tick that a time from its start falls into."""
+        return (2 * self._tick(time_s) + 1) * self._time_base.numerator / (2 * self._time_base.denominator)
+
+    def time_of(self, stream_s: float) -> float:
+        """Seconds from the stream's start at which the tick begins that the stream's own second is rounded to."""
+        return self._seconds(round(stream_s * self._time_base.denominator / self._time_base.numerator))
+
     def close(self) -> None:
         self._container.close()
 
@@ -121,17 +139,17 @@ class VideoStream:
             options = {"format_whitelist": FORMATS, "protocol_whitelist": "file,subfile"}
             self._container = self._open(self._url, metadata_errors="ignore", options=options)
         except self._error as error:
-            raise ValueError(f"cannot read {self._path} as a video: {error}") from error
+            raise ValueError(f"cannot read {self.path} as a video: {error}") from error
         streams = [s for s in self._container.streams.video if s.codec_context and not s.disposition & self._attached]
         if not streams:
             self._container.close()
-            raise ValueError(f"{self._path} holds no video stream")
+            raise ValueError(f"{self.path} holds no video stream")
         self._stream = streams[0]
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width * height > MAX_PIXELS:
             self._container.close()
             raise ValueError(
-                f"{self._path} claims frames of {width} x {height} pixels, more than {MAX_PIXELS} are refused"
+                f"{self.path} claims frames of {width} x {height} pixels, more than {MAX_PIXELS} are refused"
             )
         self._time_base = self._stream.time_base or Fraction(1, 1)
         self._stream.thread_type = "AUTO"
@@ -144,7 +162,7 @@ class VideoStream:
         """The first frame that can be decoded, of a stream not yet read from. ValueError where none can."""
         picture = self._peek()
         if picture is None:
-            raise ValueError(f"no frame of {self._path} can be decoded")
+            raise ValueError(f"no frame of {self.path} can be decoded")
         return picture.frame
 
     def picture_at(self, time_s: float) -> Picture | None:
@@ -193,6 +211,10 @@ class VideoStream:
         # Ticks that were written as seconds come back a rounding error too low.
         ticks = time_s * self._time_base.denominator / self._time_base.numerator
         return self._start + math.floor(ticks + 1e-3)
+
+    def _seconds(self, tick: int) -> float:
+        # Division of integers rounds as the fraction would, in a tenth of its time.
+        return (tick - self._start) * self._time_base.numerator / self._time_base.denominator
 
     def _keyframe(self, keyframe: int) -> Picture | None:
         # Neighbouring times often ask for the same one.
@@ -282,8 +304,7 @@ class VideoStream:
             if self._broken_at is not None and frame.key_frame and frame.pts > self._broken_at:
                 self._broken_at = None
             intact = self._broken_at is None and not frame.is_corrupt
-            time_s = float((frame.pts - self._start) * self._time_base)
-            self._ready.append(Picture(frame, frame.pts, time_s, intact))
+            self._ready.append(Picture(frame, frame.pts, self._seconds(frame.pts), intact))
 
     def _mark_broken(self, tick: int | None) -> None:
         tick = self._end if tick is None else tick
@@ -298,7 +319,7 @@ class VideoStream:
 
     def _read_index(self) -> tuple[list[int], int | None]:
         """Decoding ticks of the keyframes, and of the last packet where the index lists every packet."""
-        if not any(name in INDEXED_FORMATS for name in self._container.format.name.split(",")):
+        if not self.is_indexed:
             return [], None
         waits = "matroska" in self._container.format.name
         if waits:
@@ -320,7 +341,7 @@ class VideoStream:
         else:
             duration = self._measured_duration()
         if not (math.isfinite(duration) and duration > 0):
-            raise ValueError(f"the video stream of {self._path} has no duration, got {duration} s")
+            raise ValueError(f"the video stream of {self.path} has no duration, got {duration} s")
         return duration
 
     def _measured_duration(self) -> float:

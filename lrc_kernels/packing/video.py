@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video decoding through PyAV: a file and times in seconds in, uint8 RGB frames [F, 3, H, W] and their times out."""
+"""Video decoding: a file and times in seconds in, uint8 RGB frames [F, 3, H, W] and their times out, through
+PyAV, or torchcodec where it is asked for."""
 
 from __future__ import annotations
 
@@ -8,16 +9,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lrc_kernels.checks import check_int
+from lrc_kernels.checks import check_choice, check_int
 from lrc_kernels.packing.media import MediaSlice
 from lrc_kernels.packing.stream import Picture, VideoStream, open_stream
+from lrc_kernels.packing.torchcodec_frames import torchcodec_frames
 
 if TYPE_CHECKING:
     import av
@@ -53,7 +55,7 @@ class DecodedVideo:
     """Frames in the order of the timestamps that were asked for.
 
     Args:
-        frames: uint8 RGB [F, 3, H, W], zeros where `valid` is False.
+        frames: uint8 RGB [F, 3, H, W], or [F, H, W, 3] where layout was "NHWC"; zeros where `valid` is False.
         pts: float64 [F], seconds from the stream's start at which each frame begins to be shown, NaN where invalid.
         valid: bool [F], False where the demuxer or the decoder noticed damage to the frame shown at that time.
     """
@@ -92,6 +94,8 @@ def decode_frames(
     timestamps: Sequence[float] | npt.NDArray[np.float64] | Tensor,
     *,
     size: tuple[int, int] | None = None,
+    layout: Literal["NCHW", "NHWC"] = "NCHW",
+    backend: Literal["auto", "pyav", "torchcodec"] = "auto",
     snap_s: float = 0.0,
     threads: int = 0,
     out: Tensor | None = None,
@@ -106,43 +110,68 @@ def decode_frames(
         src: path of a video file, or a MediaSlice of one.
         timestamps: F times in seconds from the stream's start, in any order, each in [0, duration_s).
         size: (H, W) to resize to (bicubic, aspect not kept), None for the size of the video as displayed.
+        layout: of the frames, "NCHW" or "NHWC".
+        backend: "pyav", which "auto" is, or "torchcodec", which must be installed with FFmpeg's shared libraries. Of
+            whole files the times of both are the same, and so are frames of 8 bits; of 10 bits the colour is filtered
+            otherwise, and what is resized differs by rounding. torchcodec reads MP4, MOV, Matroska, WebM and AVI. It
+            conceals damage: its `valid` is always True.
         snap_s: where a keyframe is shown at most this many seconds from a time, it is taken instead, which needs no
             other frame to be decoded. `pts` says what was taken. Files without an index have no keyframes to take.
         threads: of the decoder; 0 is one per core. Many videos at once decode best with one each.
-        out: uint8 [F, 3, H, W] on the CPU to write to, None for a new tensor.
+        out: uint8 on the CPU, as `layout` says, to write to; None for a new tensor.
         progress: called as progress(frames done, F) after each frame.
 
     Raises:
-        ImportError: PyAV is not installed. FileNotFoundError: no such file. TypeError: a size or `out` of the wrong
-        type. ValueError: the file is unreadable or holds no video, a time outside of [0, duration_s), a size below 1,
-        an `out` of the wrong shape, dtype or device. Errors of the file name it; damage within it makes `valid` False.
+        ImportError: PyAV is not installed, or torchcodec, asked for, cannot be loaded. FileNotFoundError: no such file.
+        TypeError: a size or `out` of the wrong type. ValueError: the file is unreadable or holds no video, a time
+        outside of [0, duration_s), a size below 1, an `out` of the wrong shape, dtype or device, snap_s with
+        torchcodec. Errors of the file name it; damage within it makes `valid` False.
     """
     path = _as_source(src)
     times = _as_times(timestamps)
+    check_choice("layout", layout, ("NCHW", "NHWC"))
+    check_choice("backend", backend, ("auto", "pyav", "torchcodec"))
     if not (math.isfinite(snap_s) and snap_s >= 0):
         raise ValueError(f"snap_s must be finite and >= 0, got {snap_s}")
+    if backend == "torchcodec" and snap_s:
+        raise ValueError(f'snap_s must be 0 with backend="torchcodec", got {snap_s}')
     check_int("threads", threads, minimum=0)
     with open_stream(path, threads) as stream:
         info = _info(path, stream)
         _check_inside(times, info)
         height, width = _display_size(info) if size is None else _checked_size(size)
-        frames = _frames_out(out, (len(times), 3, height, width))
-        pts = torch.full((len(times),), math.nan, dtype=torch.float64)
-        valid = torch.zeros(len(times), dtype=torch.bool)
-        painter, shown, last = _Painter(height, width, info.rotation, threads), None, -1
-        for done, (i, picture) in enumerate(_pictures(stream, times, snap_s), 1):
-            if picture is None:
-                frames[i].zero_()
+        planes_last = layout == "NHWC"
+        frames = _frames_out(out, (len(times), height, width, 3) if planes_last else (len(times), 3, height, width))
+        if backend == "torchcodec":
+            planes = frames.permute(0, 3, 1, 2) if planes_last else frames
+            pts = torchcodec_frames(stream, times, (height, width), threads, planes, progress)
+            return DecodedVideo(frames, pts, torch.ones(len(times), dtype=torch.bool))
+        painter = _Painter(height, width, info.rotation, threads, planes_last)
+        return _painted(_pictures(stream, times, snap_s), painter, frames, progress)
+
+
+def _painted(
+    pictures: Iterator[tuple[int, Picture | None]],
+    painter: _Painter,
+    frames: Tensor,
+    progress: Callable[[int, int], None] | None,
+) -> DecodedVideo:
+    pts = torch.full((len(frames),), math.nan, dtype=torch.float64)
+    valid = torch.zeros(len(frames), dtype=torch.bool)
+    shown, last = None, -1
+    for done, (i, picture) in enumerate(pictures, 1):
+        if picture is None:
+            frames[i].zero_()
+        else:
+            if picture is shown:
+                frames[i].copy_(frames[last])
             else:
-                if picture is shown:
-                    frames[i].copy_(frames[last])
-                else:
-                    painter.paint(picture.frame, frames[i])
-                shown, last = picture, i
-                pts[i] = picture.time_s
-                valid[i] = True
-            if progress is not None:
-                progress(done, len(times))
+                painter.paint(picture.frame, frames[i])
+            shown, last = picture, i
+            pts[i] = picture.time_s
+            valid[i] = True
+        if progress is not None:
+            progress(done, len(frames))
     return DecodedVideo(frames, pts, valid)
 
 
@@ -185,29 +214,47 @@ def _display_size(info: VideoInfo) -> tuple[int, int]:
     return (info.width, info.height) if info.rotation % 180 else (info.height, info.width)
 
 
-class _Painter:
-    """Frames to RGB planes, turned counterclockwise by `rotation` degrees. The scaler is set up once for all frames."""
+_SUBSAMPLED = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p")
 
-    def __init__(self, height: int, width: int, rotation: int, threads: int) -> None:
+
+class _Painter:
+    """Frames to RGB, turned counterclockwise by `rotation` degrees. The scaler is set up once for all frames."""
+
+    def __init__(self, height: int, width: int, rotation: int, threads: int, planes_last: bool) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self._scaler, self._turns = VideoReformatter(), rotation // 90
+        self._scaler, self._packer, self._turns = VideoReformatter(), VideoReformatter(), rotation // 90
         self._threads = threads or None
         self._height, self._width = (width, height) if self._turns % 2 else (height, width)
+        # The scaler's planes stand in the order green, blue, red.
+        self._format = "rgb24" if planes_last else "gbrp"
+        self._targets: tuple[Any, ...] = (...,) if planes_last else (1, 2, 0)
 
     def paint(self, frame: av.VideoFrame, out: Tensor) -> None:
-        """Write uint8 [3, H, W]."""
-        planar = self._scaler.reformat(
+        """Write uint8 [3, H, W], or [H, W, 3] where planes come last."""
+        if self._format == "gbrp" and self._leaves_columns_out(frame):
+            frame = self._packer.reformat(frame, format="rgb24", threads=self._threads)
+        picture = self._scaler.reformat(
             frame,
             width=self._width,
             height=self._height,
-            format="gbrp",
+            format=self._format,
             interpolation="BICUBIC",
             threads=self._threads,
         )
-        for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
-            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
-            np.copyto(out[channel].numpy(), np.rot90(rows[: self._height, : self._width], self._turns))
+        pixels = out.numpy()
+        for plane, target in zip(picture.planes, self._targets, strict=True):
+            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[: self._height]
+            if self._format == "rgb24":
+                image = rows[:, : 3 * self._width].reshape(self._height, self._width, 3)
+            else:
+                image = rows[:, : self._width]
+            np.copyto(pixels[target], np.rot90(image, self._turns) if self._turns else image)
+
+    def _leaves_columns_out(self, frame: av.VideoFrame) -> bool:
+        # FFmpeg 8's own loop from YUV to planes of the same size leaves up to 8 columns of other widths unwritten.
+        same_size = (frame.height, frame.width) == (self._height, self._width)
+        return same_size and self._width % 16 > 0 and frame.format.name in _SUBSAMPLED
 
 
 def _as_times(timestamps: Sequence[float] | npt.NDArray[np.float64] | Tensor) -> npt.NDArray[np.float64]:
@@ -238,7 +285,8 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def _frames_out(out: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor:
     if out is None:
-        return torch.empty(shape, dtype=torch.uint8)
+        # NumPy asks for large pages, which a fresh tensor does without: its page faults cost as much as a conversion.
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if out.dtype != torch.uint8 or out.device.type != "cpu" or tuple(out.shape) != shape:

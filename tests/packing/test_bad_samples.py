@@ -19,13 +19,6 @@ from tests.packing.videos import level
 pytest.importorskip("av", reason="frames are decoded with PyAV (pip install lrc-kernels[video])")
 
 
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loader")
-    write_videos(folder, COUNTS)
-    return make_index(folder)
-
-
 @pytest.fixture
 def own(tmp_path):
     """An index whose files a test may damage."""

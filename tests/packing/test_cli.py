@@ -33,6 +33,11 @@ def test_the_table_says_what_the_plan_says(tmp_path: Path, capsys: pytest.Captur
         assert rows[strategy][1:5] == [str(stats.num_packs), f"{stats.utilisation:.4f}", "tokens", "100%"]
         lpt = plan_packs(LENGTHS, PackConfig(max_tokens=100, strategy=strategy), packs_per_step=4, balance="lpt")
         assert rows[strategy][5:8:2] == [str(stats.lateness), f"{lpt.stats(2).imbalance:.4f}"]
+    for strategy in ("in_order", "bfd"):
+        plan = plan_packs(LENGTHS, PackConfig(max_tokens=100, strategy=strategy))
+        tenths = np.histogram(plan.n_tokens / 100, bins=10, range=(0, 1))[0]
+        assert [bar == "." for bar in rows[strategy][10]] == (tenths == 0).tolist()
+        assert rows[strategy][10][tenths.argmax()] == "@" and rows[strategy][10].count("@") == 1
     assert rows["padded"][:6] == ["padded", "batches", "of", "8", "-", f"{sum(LENGTHS) / (90 * len(LENGTHS)):.4f}"]
 
 

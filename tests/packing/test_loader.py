@@ -43,13 +43,6 @@ from tests.packing.videos import level
 pytest.importorskip("av", reason="frames are decoded with PyAV (pip install lrc-kernels[video])")
 
 
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loader")
-    write_videos(folder, COUNTS)
-    return make_index(folder)
-
-
 def ids_of(batches):
     return [i for batch in batches for i in batch.sample_ids.tolist() if i >= 0]
 
@@ -125,13 +118,35 @@ def test_batches_arrive_on_the_gpu_from_pinned_memory(index):
         same(batch.to("cpu", non_blocking=False), dataset[batch.pack_id])
 
 
-def test_torch_data_loader(index):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torch_data_loader(index, workers):
     dataset = dataset_of(index)
-    for workers in (0, 1):
-        loaded = list(DataLoader(dataset, batch_size=None, num_workers=workers))
-        assert len(loaded) == len(dataset)
-        for pack, batch in enumerate(loaded):
-            same(batch, dataset[pack])
+    loaded = list(DataLoader(dataset, batch_size=None, num_workers=workers))
+    assert len(loaded) == len(dataset)
+    for pack, batch in enumerate(loaded):
+        same(batch, dataset[pack])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stateful_data_loader_goes_on_within_an_epoch(index, workers):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata comes with lrc-kernels[test]")
+    dataset = dataset_of(index, config=PackConfig(max_tokens=90, drop_last=False))
+
+    def loader():
+        return stateful.StatefulDataLoader(dataset, batch_size=None, num_workers=workers)
+
+    first = loader()
+    stream, delivered = iter(first), 3
+    for pack in range(delivered):
+        same(next(stream), dataset[pack])
+    state = first.state_dict()
+    rest = list(stream)
+    assert len(rest) == len(dataset) - delivered > 2
+    second = loader()
+    second.load_state_dict(state)
+    for pack, (batch, again) in enumerate(zip(rest, second, strict=True), delivered):
+        same(batch, dataset[pack])
+        same(again, dataset[pack])
 
 
 @pytest.mark.parametrize("loss", ["token", "sample", "sqrt"])
@@ -153,33 +168,6 @@ def test_weights_are_the_same_however_samples_are_packed(index, loss):
             found.pop(-1, None)
             assert sorted(found) == list(range(14)) and sum(found.values()) == pytest.approx(1, abs=1e-6)
             assert all(found[i] == pytest.approx(share(supervised[i]) / total, rel=1e-5) for i in found)
-
-
-def test_packed_losses_are_those_of_samples_alone(index):
-    """A model that mixes rows within a sequence: loss and gradient of the packs equal those of every sample alone."""
-    torch.manual_seed(0)
-    table, head = torch.randn(300, 8, dtype=torch.float64), torch.randn(300, 8, dtype=torch.float64)
-    dataset = dataset_of(index, packs_per_step=16)
-
-    def loss_of(input_ids, targets, weight, lengths):
-        w = head.clone().requires_grad_()
-        hidden = torch.cat([torch.cumsum(table[part], 0) / 10 for part in input_ids.split(lengths)])
-        real = targets != -100
-        ce = torch.nn.functional.cross_entropy(hidden[real] @ w.T, targets[real], reduction="none")
-        loss = (ce * weight[real].double()).sum()
-        return loss.detach(), torch.autograd.grad(loss, w)[0]
-
-    packed = [
-        loss_of(b.input_ids, b.targets, b.loss_weight, b.layout.lengths) for b in PackedLoader(dataset) if b.num_targets
-    ]
-    alone, total = [], int(index.columns["n_supervised"].sum())
-    for i in range(14):
-        input_ids, labels, _ = map(torch.from_numpy, index.tokens(i))
-        targets = torch.cat([labels[1:], torch.tensor([-100])])
-        weight = torch.where(targets != -100, 1 / total, 0.0).float()
-        alone.append(loss_of(input_ids, targets, weight, [len(input_ids)]))
-    for both in zip(zip(*packed, strict=True), zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(sum(both[0]), sum(both[1]), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("balance", ["none", "lpt", "group"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lrc_kernels.packing import decode_frames, probe_video
-from tests.packing.videos import STEP, level, write_video
+from tests.packing.videos import STEP, level, rotate_header, write_video
 
 av = pytest.importorskip("av", reason="decoding needs PyAV (pip install lrc-kernels[video])")
 
@@ -70,19 +70,38 @@ def test_size_out_and_progress(steady):
     assert out[0, :, :, 15].float().mean() == pytest.approx(STEP, abs=3)
 
 
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le"])
+def test_every_column_is_written(tmp_path, pix_fmt):
+    """FFmpeg 8 converts YUV to planes of the same size but for the last columns of most widths."""
+    random = np.random.default_rng(0)
+    for width in (64, 66, 70, 72, 74, 80):
+        path = tmp_path / f"{width}.mkv"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 48, width, pix_fmt
+            noise = random.integers(0, 256, (48, width, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=pix_fmt)))
+            container.mux(stream.encode(None))
+        with av.open(str(path)) as container:
+            frame = next(container.decode(video=0))
+            # Of 10 bits, planes get their colour filtered, where pixels do not.
+            near = 0 if pix_fmt != "yuv420p10le" else 64
+            wanted = torch.from_numpy(frame.to_ndarray(format="rgb24", interpolation="BICUBIC"))
+        for layout, order in (("NCHW", (1, 2, 0)), ("NHWC", (0, 1, 2))):
+            (seen,) = decode_frames(path, [0.0], layout=layout).frames
+            assert (seen.permute(order).int() - wanted.int()).abs().max() <= near, (width, layout)
+        # What a scaled column shows is no further from its neighbour than noise is.
+        scaled = decode_frames(path, [0.0], size=(30, width - 7)).frames[0].float()
+        assert scaled[:, :, -8:].std().item() == pytest.approx(scaled[:, :, :-8].std().item(), rel=0.4)
+
+
 def test_no_times_give_no_frames(steady):
     assert decode_frames(steady, []).frames.shape == (0, 3, *SIZE)
 
 
 def test_rotated_video_stands_upright(tmp_path):
-    source = write_video(tmp_path / "plain.mp4", [100 * i for i in range(8)])
-    data = bytearray(source.read_bytes())
-    # The matrix of the track header, 9 fixed-point numbers: a quarter turn clockwise on display.
-    start = data.index(b"tkhd") + 4 + 40
-    matrix = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
-    data[start : start + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
-    path = tmp_path / "rotated.mp4"
-    path.write_bytes(data)
+    path = write_video(tmp_path / "rotated.mp4", [100 * i for i in range(8)])
+    rotate_header(path)
     info = probe_video(path)
     assert (info.height, info.width, info.rotation) == (*SIZE, 270)
     frame = decode_frames(path, [0.75]).frames[0].float()
