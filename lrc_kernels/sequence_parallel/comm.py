@@ -51,7 +51,16 @@ class AllGather:
     step: int
 
 
-Request = Shift | AllToAll | AllGather
+@dataclass(frozen=True, eq=False)
+class AllReduce:
+    """Give `tensor`; the sum of those of all ranks of `axis` arrives. Same shape on every rank."""
+
+    axis: str
+    tensor: Tensor
+    step: int
+
+
+Request = Shift | AllToAll | AllGather | AllReduce
 
 
 class Pending:
@@ -137,9 +146,15 @@ class TorchRanks:
         # The request keeps the tensor that is being sent alive.
         return Pending(Shift(request.axis, sent, request.receive_rows, request.step), arriving, pairs)
 
-    def _collective(self, request: AllToAll | AllGather) -> Pending:
+    def _collective(self, request: AllToAll | AllGather | AllReduce) -> Pending:
         group, ranks = self.groups[request.axis], self.ranks[request.axis]
         here, sent = ranks.index(self.rank), request.tensor.contiguous()
+        if isinstance(request, AllReduce):
+            total = sent.clone()
+            work = distributed.all_reduce(total, group=group, async_op=True)
+            # What a ring of the backend sends: to scatter the sums, and to gather them.
+            self.bytes_sent += 2 * sent.nbytes * (len(ranks) - 1) // len(ranks)
+            return Pending(request, total, [(work, tuple(ranks))])
         if isinstance(request, AllGather):
             arriving = sent.new_empty(len(ranks) * sent.shape[0], *sent.shape[1:])
             work = _all_gather(arriving, sent, group=group, async_op=True)
@@ -267,6 +282,8 @@ class VirtualRanks:
             raise RuntimeError(
                 f"rank {rank} expected {wanted} rows at step {request.step}, got {list(map(len, parts))}"
             )
+        if isinstance(request, AllReduce):
+            return torch.stack(parts).sum(0)
         return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
 
 

@@ -14,6 +14,7 @@ from lrc_kernels.sequence_parallel.comm import TorchRanks
 from lrc_kernels.sequence_parallel.plan import SequencePlan
 
 PLACEMENTS = ("head_first", "context_first")
+DIMENSIONS = ("dp", "ring", "ulysses")
 
 # By identity: meshes of the same ranks are equal, and may have different groups.
 _ranks: dict[int, tuple[weakref.ref[DeviceMesh], TorchRanks]] = {}
@@ -53,21 +54,30 @@ def place(plan: SequencePlan, mesh: DeviceMesh) -> tuple[int, int]:
     Raises:
         ValueError: a mesh whose degrees are not those of the plan.
     """
+    return place_in(mesh, plan.ring, plan.ulysses)
+
+
+def place_in(mesh: DeviceMesh, ring: int, ulysses: int) -> tuple[int, int]:
+    """`place` for a plan of these degrees."""
     here = []
-    for name, degree in (("ring", plan.ring), ("ulysses", plan.ulysses)):
-        size = mesh[name].size() if name in (mesh.mesh_dim_names or ()) else 1
+    for name, degree in (("ring", ring), ("ulysses", ulysses)):
+        size = degree_of(mesh, name)
         if size != degree:
             raise ValueError(f"mesh must have {degree} ranks in dimension {name!r}, as the plan has, got {size}")
         here.append(mesh.get_local_rank(name) if size > 1 else 0)
     return here[0], here[1]
 
 
+def degree_of(mesh: DeviceMesh, name: str) -> int:
+    """Ranks of a dimension of the mesh, 1 where it has none of that name."""
+    return mesh[name].size() if name in (mesh.mesh_dim_names or ()) else 1
+
+
 def ranks_of(mesh: DeviceMesh) -> TorchRanks:
     """What runs schedules on this mesh, made once for each; its `bytes_sent` counts what this process has sent."""
     key = id(mesh)
     if key not in _ranks:
-        names = [name for name in ("ring", "ulysses") if name in (mesh.mesh_dim_names or ())]
-        groups = {str(name): mesh.get_group(name) for name in names if mesh[name].size() > 1}
+        groups = {name: mesh.get_group(name) for name in DIMENSIONS if degree_of(mesh, name) > 1}
         forget = weakref.ref(mesh, lambda _: _ranks.pop(key, None))
         _ranks[key] = forget, TorchRanks(groups, torch.device(mesh.device_type))
     return _ranks[key][1]
