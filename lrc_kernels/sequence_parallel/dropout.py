@@ -106,9 +106,7 @@ def scores_of_pack(
     whole = statistics.new_zeros(2, q.shape[0], q.shape[1], longest)
     whole[:, sequence[order], :, number[order]] = arrived
     factor = block_factors(whole, plan.layout.to(k.device), query_position)[sequence[mine], :, number[mine]]
-    local = block_scores(
-        asking, k, layout, position, statistics, factor, head_reduce=head_reduce, softmax_scale=softmax_scale
-    )
+    local = block_scores(asking, k, layout, position, factor, head_reduce=head_reduce, softmax_scale=softmax_scale)
     lists = [len(rows) for rows in dealt.rows]
     arrived = yield from gather_lists(local, lists, plan.ring, plan.ulysses)
     scores = torch.empty_like(arrived)

@@ -26,8 +26,8 @@ factors_op = Op(
     lambda statistics, *rest: statistics.new_empty(statistics.shape[1:]),
 )
 block_scores_op = Op(
-    "attention_block_scores_fwd(Tensor q, Tensor k, Tensor cu_blocks, Tensor query_position, Tensor statistics, "
-    "Tensor factor, str head_reduce, float softmax_scale) -> Tensor",
+    "attention_block_scores_fwd(Tensor q, Tensor k, Tensor cu_blocks, Tensor query_position, Tensor factor, "
+    "str head_reduce, float softmax_scale) -> Tensor",
     lambda q, k, *rest: k.new_empty(k.shape[0], dtype=reference_scores.accumulation_dtype(k)),
 )
 
@@ -89,6 +89,8 @@ def block_factors(statistics: Tensor, cu_seqlens_k: VarlenLayout, query_position
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value.
     """
+    if not isinstance(cu_seqlens_k, VarlenLayout):
+        raise TypeError(f"cu_seqlens_k must be a VarlenLayout, got {type(cu_seqlens_k).__name__}")
     check_tensor("statistics", statistics, dims=(4,), dtypes=(torch.float32, torch.float64))
     wanted = (2, cu_seqlens_k.num_sequences, -(-cu_seqlens_k.max_seqlen // SCORE_BLOCK))
     if (*statistics.shape[:2], statistics.shape[3]) != wanted:
@@ -102,7 +104,6 @@ def block_scores(
     k: Tensor,
     blocks: VarlenLayout,
     query_position: Tensor,
-    statistics: Tensor,
     factor: Tensor,
     *,
     head_reduce: str = "mean",
@@ -112,8 +113,7 @@ def block_scores(
 
     Args:
         q, k, blocks, query_position, softmax_scale: as in `block_statistics`.
-        statistics: [2, B, Hq], its result.
-        factor: [B, Hq], those blocks' entries of `block_factors`.
+        factor: fp32 [B, Hq] (fp64 for fp64), those blocks' entries of `block_factors`.
         head_reduce: "mean", "sum" or "max".
 
     Returns:
@@ -125,13 +125,10 @@ def block_scores(
     scale = _check(q, k, blocks, query_position, softmax_scale)
     check_choice("head_reduce", head_reduce, HEAD_REDUCTIONS)
     wide = (reference_scores.accumulation_dtype(k),)
-    for name, value, shape in (("statistics", statistics, (2, *q.shape[:2])), ("factor", factor, q.shape[:2])):
-        check_tensor(name, value, dims=(len(shape),), dtypes=wide, like=q)
-        if value.shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
-    return block_scores_op(
-        q.detach(), k.detach(), blocks.cu_seqlens, query_position, statistics, factor, head_reduce, scale
-    )
+    check_tensor("factor", factor, dims=(2,), dtypes=wide, like=q)
+    if factor.shape != q.shape[:2]:
+        raise ValueError(f"factor must have shape {list(q.shape[:2])}, got {list(factor.shape)}")
+    return block_scores_op(q.detach(), k.detach(), blocks.cu_seqlens, query_position, factor, head_reduce, scale)
 
 
 def _check(q: Tensor, k: Tensor, blocks: VarlenLayout, query_position: Tensor, softmax_scale: float | None) -> float:

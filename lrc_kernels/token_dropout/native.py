@@ -104,7 +104,6 @@ def cpu_block_scores(
     k: Tensor,
     cu_blocks: Tensor,
     query_position: Tensor,
-    statistics: Tensor,
     factor: Tensor,
     head_reduce: str,
     softmax_scale: float,

@@ -149,8 +149,8 @@ def block_factors(statistics: Tensor, cu_seqlens_k: Tensor, query_position: Tens
 
 
 def block_scores(
-    q: Tensor, k: Tensor, cu_blocks: Tensor, query_position: Tensor, statistics: Tensor, factor: Tensor,
-    head_reduce: str, softmax_scale: float,
+    q: Tensor, k: Tensor, cu_blocks: Tensor, query_position: Tensor, factor: Tensor, head_reduce: str,
+    softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     """[Tk]: reduce_h exp(logit - block maximum) * factor[b, h] of row b over block b."""
     result = torch.zeros(k.shape[0], dtype=accumulation_dtype(k), device=k.device)

@@ -75,7 +75,6 @@ def launch_block_scores(
     k: Tensor,
     cu_blocks: Tensor,
     query_position: Tensor,
-    statistics: Tensor,
     factor: Tensor,
     head_reduce: str,
     softmax_scale: float,

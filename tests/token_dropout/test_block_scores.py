@@ -29,7 +29,7 @@ def test_three_steps_are_the_whole(backend, head_reduce):
                                  query_position=row, head_reduce=head_reduce)  # fmt: skip
         statistics = block_statistics(q, k, blocks, position)
         factors = block_factors(statistics.transpose(1, 2).unsqueeze(1), layout, row)
-        parts = block_scores(q, k, blocks, position, statistics, factors[0].T, head_reduce=head_reduce)
+        parts = block_scores(q, k, blocks, position, factors[0].T, head_reduce=head_reduce)
     assert torch.equal(parts, whole)
     assert statistics[0, 2].isneginf().all() and statistics[1, 2].eq(0).all() and factors[0, :, 2].eq(0).all()
 
@@ -53,7 +53,7 @@ def test_opcheck(name):
         "factors": (torch.ops.lrc.attention_score_factors_fwd, (padded, layout, row)),
         "scores": (
             torch.ops.lrc.attention_block_scores_fwd,
-            (q, k, cu, position, statistics, torch.ones(3, 4), "mean", 0.25),
+            (q, k, cu, position, torch.ones(3, 4), "mean", 0.25),
         ),
     }
     torch.library.opcheck(*ops[name])
@@ -71,8 +71,8 @@ def test_bad_arguments_are_named():
         (lambda: block_statistics(q, k, blocks, position[1:]), "query_position must hold one value per token (3)"),
         (lambda: block_factors(statistics, layout, row), "statistics must have 4 dimensions"),
         (lambda: block_factors(statistics[None], layout, row), "statistics must have shape [2, 1, Hq, 3]"),
-        (lambda: block_scores(q, k, blocks, position, statistics, torch.ones(3, 3)), "factor must have shape [3, 4]"),
-        (lambda: block_scores(q, k, blocks, position, statistics, torch.ones(3, 4), head_reduce="min"), "head_reduce"),
+        (lambda: block_scores(q, k, blocks, position, torch.ones(3, 3)), "factor must have shape [3, 4]"),
+        (lambda: block_scores(q, k, blocks, position, torch.ones(3, 4), head_reduce="min"), "head_reduce"),
     ):
         with pytest.raises((TypeError, ValueError), match=re.escape(message)):
             call()
