@@ -144,7 +144,8 @@ void attention_scores(uintptr_t q, int64_t num_rows, int64_t num_heads, uintptr_
                       int64_t head_dim, const std::array<int64_t, 3>& strides, uintptr_t block_table,
                       const std::array<int64_t, 4>& sizes, uintptr_t cu_seqlens, int64_t num_sequences,
                       uintptr_t row_sequence, uintptr_t row_position, uintptr_t lse, bool max_over_heads,
-                      float head_scale, float softmax_scale, uintptr_t scores, int64_t num_scores, int threads) {
+                      float head_scale, float softmax_scale, uintptr_t scores, int64_t num_scores, int threads,
+                      uintptr_t statistics, uintptr_t factor) {
   lrc::cpu::ScoreKeys keys;
   keys.k = pointer<void>(k);
   keys.dtype = static_cast<lrc::DType>(dtype);
@@ -155,7 +156,14 @@ void attention_scores(uintptr_t q, int64_t num_rows, int64_t num_heads, uintptr_
   keys.block_table = pointer<int32_t>(block_table);
   lrc::cpu::attention_scores({pointer<float>(q), num_rows, num_heads, keys, pointer<int64_t>(cu_seqlens), num_sequences,
                               pointer<int32_t>(row_sequence), pointer<int32_t>(row_position), pointer<float>(lse),
-                              max_over_heads, head_scale, softmax_scale, pointer<float>(scores), num_scores, threads});
+                              max_over_heads, head_scale, softmax_scale, pointer<float>(scores), num_scores, threads,
+                              pointer<float>(statistics), pointer<float>(factor)});
+}
+
+void attention_score_factors(uintptr_t maximum, uintptr_t sum, uintptr_t seen, int64_t num_sequences, int64_t num_heads,
+                             int64_t num_blocks, uintptr_t factor) {
+  lrc::cpu::attention_score_factors({pointer<float>(maximum), pointer<float>(sum), pointer<int64_t>(seen),
+                                     num_sequences, num_heads, num_blocks, pointer<float>(factor)});
 }
 
 int64_t pack_samples(uintptr_t num_tokens, uintptr_t num_frames, uintptr_t cost, uintptr_t keep, int64_t num_samples,
@@ -327,7 +335,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("block_table"), py::arg("sizes"), py::arg("cu_seqlens"), py::arg("num_sequences"),
         py::arg("row_sequence"), py::arg("row_position"), py::arg("lse"), py::arg("max_over_heads"),
         py::arg("head_scale"), py::arg("softmax_scale"), py::arg("scores"), py::arg("num_scores"),
-        py::arg("threads") = 1);
+        py::arg("threads") = 1, py::arg("statistics") = 0, py::arg("factor") = 0);
+  m.def("attention_score_factors", &attention_score_factors, NoGil(), py::arg("maximum"), py::arg("sum"),
+        py::arg("seen"), py::arg("num_sequences"), py::arg("num_heads"), py::arg("num_blocks"), py::arg("factor"));
   m.def("pack_samples", &pack_samples, NoGil(), py::arg("num_tokens"), py::arg("num_frames"), py::arg("cost"),
         py::arg("keep"), py::arg("num_samples"), py::arg("num_kept"), py::arg("seed"), py::arg("epoch"),
         py::arg("strategy"), py::arg("max_tokens"), py::arg("max_frames"), py::arg("max_cost"), py::arg("open_packs"),

@@ -127,6 +127,11 @@ def attention_scores(
     scores: int,
     num_scores: int,
     threads: int = 1,
+    statistics: int = 0,
+    factor: int = 0,
+) -> None: ...
+def attention_score_factors(
+    maximum: int, sum: int, seen: int, num_sequences: int, num_heads: int, num_blocks: int, factor: int
 ) -> None: ...
 def pack_samples(
     num_tokens: int,

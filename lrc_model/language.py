@@ -8,6 +8,7 @@ rows and before the rotary embedding, tokens are scored, selected and gathered, 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lrc_kernels.attention import varlen_attention
 from lrc_kernels.layout import VarlenLayout
+from lrc_kernels.packing import PackedBatch
 from lrc_kernels.token_dropout import (
     DropBudget,
     Selection,
@@ -28,6 +30,52 @@ from lrc_kernels.token_dropout import (
     select_tokens,
 )
 from lrc_model.config import TextConfig
+from lrc_model.connector import place_visual_tokens
+
+
+class Placement:
+    """Where the rows of a pack lie, and what has to know it: here all on one device. `lrc_model.parallel` spreads them.
+
+    Hidden states, queries, keys and values are those of the rows here; everything of `PackedRows` but its rotary tables
+    is of the whole pack, so that every rank selects by itself and alike.
+    """
+
+    # Of torch.utils.checkpoint, for a layer that is computed again in the backward.
+    checkpoint_options: Mapping[str, Any] = {}
+
+    def local(self, x: Tensor, fill: float = 0) -> Tensor:
+        """[T, ...] of the whole pack -> the rows here; `fill` for padding."""
+        return x
+
+    def rows_at(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Rows here -> those of the pack at `rows` [N]. No gradient."""
+        return x.detach()[rows]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout) -> Tensor:
+        """Causal attention over the whole pack for the rows here, [T, Hq, K]."""
+        return attend(q, k, v, layout)
+
+    def scores(self, q: Tensor, k: Tensor, layout: VarlenLayout, sequence: Tensor, position: Tensor) -> Tensor:
+        """[T] of the whole pack, from asking rows q [S, Hq, K] and the keys of the rows here."""
+        return attention_scores(q, k, cu_seqlens_k=layout, query_sequence=sequence, query_position=position)
+
+    def drop(self, tensors: tuple[Tensor, ...], selection: Selection) -> tuple[tuple[Tensor, ...], Placement]:
+        """The rows that stay, and where they lie from here on."""
+        return cast("tuple[Tensor, ...]", drop_tokens(tensors, selection)), self
+
+    def place_visual(self, x: Tensor, tokens: Tensor, batch: PackedBatch) -> Tensor:
+        """Embeddings x of the rows here with the features of their frames, of which `tokens` [V, D] are those here."""
+        if not len(batch.visual_index):
+            return x
+        visual = torch.zeros_like(batch.droppable).index_fill(0, batch.visual_index, True)
+        return place_visual_tokens(x, visual, tokens, num_visual_tokens=len(batch.visual_index))
+
+    def num_targets(self, targets: Tensor, of_pack: int) -> int:
+        """How many of the rows here have a target."""
+        return of_pack
+
+
+ONE_DEVICE = Placement()
 
 
 @dataclass(frozen=True)
@@ -43,7 +91,8 @@ class PackedRows:
         targets: int64 [T], the word that each row has to predict, -100 elsewhere; None at inference.
         loss_weight: fp32 [T] or None.
         sequence_ids: int64 [S], ids of the samples, which key random drops.
-        rope: cos and sin [T, K] of the positions, once `with_rope` has made them.
+        rope: cos and sin [T, K] of the positions of the rows here, once `with_rope` has made them.
+        place: where the rows lie.
     """
 
     layout: VarlenLayout
@@ -55,6 +104,7 @@ class PackedRows:
     loss_weight: Tensor | None = None
     sequence_ids: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = None
+    place: Placement = ONE_DEVICE
 
     @classmethod
     def of(cls, layout: VarlenLayout, **given: Any) -> PackedRows:
@@ -65,9 +115,10 @@ class PackedRows:
         return cls(layout, token_positions=position.int(), prefill_length=cu_seqlens.diff(), **given)
 
     def with_rope(self, text: TextConfig, dtype: torch.dtype) -> PackedRows:
-        """The same with the rotary tables of its positions."""
+        """The same with the rotary tables of the positions of the rows here."""
         length = self.prefill_length[sequence_of_rows(self.layout)]
-        return replace(self, rope=rope_tables(self.position_ids, length, text, dtype))
+        position_ids, length = (self.place.local(x) for x in (self.position_ids, length))
+        return replace(self, rope=rope_tables(position_ids, length, text, dtype))
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -76,8 +127,12 @@ class PackedRows:
             raise ValueError("rope must be made by with_rope before a layer turns its queries, got None")
         return self.rope
 
-    def drop(self, selection: Selection, positions: str) -> PackedRows:
-        """The same for the rows that a selection keeps, without rotary tables; rows of padding get no target."""
+    def drop(self, selection: Selection, positions: str, place: Placement | None = None) -> PackedRows:
+        """The same for the rows that a selection keeps, without rotary tables; rows of padding get no target.
+
+        Args:
+            place: where they lie; None = where they lay.
+        """
         kept = selection.indices.clamp(min=0).long()
         is_row = selection.indices >= 0
         targets = None if self.targets is None else torch.where(is_row, self.targets[kept], -100)
@@ -90,6 +145,7 @@ class PackedRows:
             targets=targets,
             loss_weight=None if self.loss_weight is None else torch.where(is_row, self.loss_weight[kept], 0.0),
             rope=None,
+            place=place or self.place,
         )
 
 
@@ -229,18 +285,12 @@ class DecoderLayer(nn.Module):
     def scores(self, q: Tensor, k: Tensor, rows: PackedRows, asking: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """fp32 [T]: how much the query rows of each sequence attend to each row. No gradient.
 
-        `asking` is what `query_rows` gives; q [R, Hq, K] of these rows, not turned yet; k [T, Hkv, K], turned.
+        `asking` is what `query_rows` gives; q [R, Hq, K] of these rows, not turned yet; k of the rows here, turned.
         """
         with torch.no_grad():
             row, sequence, position = asking
-            cos, sin = rows.tables
-            return attention_scores(
-                apply_rope(q, cos[row], sin[row]),
-                k,
-                cu_seqlens_k=rows.layout,
-                query_sequence=sequence,
-                query_position=position,
-            ).float()
+            tables = rope_tables(rows.position_ids[row], rows.prefill_length[sequence.long()], self.text, q.dtype)
+            return rows.place.scores(apply_rope(q, *tables), k, rows.layout, sequence, position).float()
 
     def forward(self, x: Tensor, rows: PackedRows, drop: Drop | None = None) -> tuple[Tensor, PackedRows]:
         """x [T, D] -> x of the rows that stay, and what travels with them."""
@@ -251,12 +301,13 @@ class DecoderLayer(nn.Module):
             scores = None
             if drop.mode == "topk":
                 asking = query_rows(rows.layout, rows.targets)
-                scores = self.scores(q[asking[0]], apply_rope(k.detach(), *rows.tables), rows, asking)
+                asked = rows.place.rows_at(q, asking[0])
+                scores = self.scores(asked, apply_rope(k.detach(), *rows.tables), rows, asking)
             selection = drop.select(rows, scores)
-            x, q, k, v = drop_tokens((x, q, k, v), selection)
-            rows = rows.drop(selection, drop.budget.positions).with_rope(self.text, x.dtype)
+            (x, q, k, v), place = rows.place.drop((x, q, k, v), selection)
+            rows = rows.drop(selection, drop.budget.positions, place).with_rope(self.text, x.dtype)
         q, k = apply_rope(q, *rows.tables), apply_rope(k, *rows.tables)
-        return self.finish(x, attend(q, k, v, rows.layout)), rows
+        return self.finish(x, rows.place.attend(q, k, v, rows.layout)), rows
 
     def finish(self, x: Tensor, out: Tensor) -> Tensor:
         """The output projection, both residuals and the MLP: x [T, D], out [T, Hq, K] -> [T, D]."""
@@ -322,7 +373,9 @@ class LanguageModel(nn.Module):
         rows = rows.with_rope(self.text, x.dtype)
         for index, layer in enumerate(self.model.typed_layers):
             if recompute and torch.is_grad_enabled():
-                x, rows = checkpoint(layer, x, rows, drop_of.get(index), use_reentrant=False)
+                x, rows = checkpoint(
+                    layer, x, rows, drop_of.get(index), use_reentrant=False, **rows.place.checkpoint_options
+                )
             else:
                 x, rows = layer(x, rows, drop_of.get(index))
         return self.model.norm(x), rows

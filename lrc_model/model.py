@@ -22,10 +22,11 @@ from lrc_kernels.token_dropout import DropoutSchedule
 from lrc_model.cache import KVCache
 from lrc_model.checkpoint import read_config, read_weights, save_weights
 from lrc_model.config import LRCConfig
-from lrc_model.connector import Connector, encode_clips, place_visual_tokens
+from lrc_model.connector import Connector, encode_clips
 from lrc_model.generate import PREFILL_CHUNK, decode_step, prefill
-from lrc_model.language import Drop, LanguageModel, PackedRows
-from lrc_model.losses import chunked_cross_entropy
+from lrc_model.language import ONE_DEVICE, Drop, LanguageModel, PackedRows, Placement
+from lrc_model.losses import IGNORE_INDEX, chunked_cross_entropy
+from lrc_model.parallel import SequenceParallel
 from lrc_model.tokenizer import Tokenizer, load_tokenizer
 from lrc_model.vision import VisionEncoder
 
@@ -39,8 +40,8 @@ class Output:
     Attributes:
         loss: fp32 scalar, sum over rows of loss_weight * cross-entropy.
         loss_parts: each term of the loss, detached, by name.
-        hidden: [T', D] normalised hidden states of the rows that token dropout left.
-        rows: what travels with them; `rows.layout` says whose they are.
+        hidden: [T', D] normalised hidden states of the rows that token dropout left; of those on this rank.
+        rows: what travels with them, of the whole pack; `rows.layout` says whose they are, `rows.place` where they lie.
         logits: fp32 [T', V] with `return_logits`, else None.
     """
 
@@ -142,17 +143,24 @@ class LRCModel(nn.Module):
             self._tokenizer = load_tokenizer(self.config.tokenizer, self.checkpoint)
         return self._tokenizer
 
-    def embed(self, batch: PackedBatch, *, chunk_clips: int = 4) -> Tensor:
+    def embed(self, batch: PackedBatch, *, chunk_clips: int = 4, place: Placement = ONE_DEVICE) -> Tensor:
         """[T, D]: the embeddings of all words, with the merged features of the clips at the visual tokens. Autograd."""
         x = self.language_model.embed(batch.input_ids)
-        if not len(batch.visual_index):
-            return x
-        clips = encode_clips(self.vision_model, self.connector, batch.frames, chunk_clips=chunk_clips)
-        visual = torch.zeros_like(batch.droppable).index_fill(0, batch.visual_index, True)
-        return place_visual_tokens(x, visual, clips.tokens, num_visual_tokens=len(batch.visual_index))
+        if len(batch.visual_index):
+            tokens = encode_clips(self.vision_model, self.connector, batch.frames, chunk_clips=chunk_clips).tokens
+            return place.place_visual(x, tokens.flatten(0, 1), batch)
+        # Ranks without frames take part in the gradient of those that have some.
+        trained = (p.requires_grad for part in (self.vision_model, self.connector) for p in part.parameters())
+        return place.place_visual(x, x.new_empty(0, x.shape[1], requires_grad=any(trained)), batch)
 
     def forward(
-        self, batch: PackedBatch, *, return_logits: bool = False, seed: int = 0, recompute: bool = False
+        self,
+        batch: PackedBatch,
+        *,
+        return_logits: bool = False,
+        seed: int = 0,
+        recompute: bool = False,
+        parallel: SequenceParallel | None = None,
     ) -> Output:
         """The loss of a pack, computed without the logits of all its rows. Autograd.
 
@@ -161,24 +169,37 @@ class LRCModel(nn.Module):
             return_logits: also compute the logits of all rows that are left; for tests and short packs.
             seed: of random drops; the same seed drops the same tokens of a sample wherever it is packed.
             recompute: keep only the inputs of layers and clips, and compute the rest again in the backward.
+            parallel: the pack lies on many ranks, each of which calls this; loss, hidden states and logits are those of
+                the rows of this rank, and gradients have to be summed over ranks. See `SequenceParallel`.
 
         Raises:
-            TypeError: no PackedBatch. ValueError: frames, visual tokens or lengths that do not fit each other.
+            TypeError: no PackedBatch. ValueError: frames, visual tokens or lengths that do not fit each other, or the
+                mesh. PeerError: another rank died or stalled (gloo).
         """
-        _check_batch(batch)
+        if parallel is None:
+            _check_batch(batch)
+            whole, place = batch, ONE_DEVICE
+        else:
+            whole, batch, place = parallel.open(batch)
         rows = PackedRows.of(
-            batch.layout,
-            position_ids=batch.position_ids,
-            droppable=batch.droppable,
-            targets=batch.targets,
-            loss_weight=batch.loss_weight,
-            sequence_ids=batch.sample_ids,
+            whole.layout,
+            position_ids=whole.position_ids,
+            droppable=whole.droppable,
+            targets=whole.targets,
+            loss_weight=whole.loss_weight,
+            sequence_ids=whole.sample_ids,
+            place=place,
         )
-        drops = self.drops(batch.layout, batch.num_droppable, rows, seed)
-        hidden, rows = self.language_model(self.embed(batch), rows, drops, recompute=recompute)
+        drops = self.drops(whole.layout, whole.num_droppable, rows, seed)
+        hidden, rows = self.language_model(self.embed(batch, place=place), rows, drops, recompute=recompute)
         assert rows.targets is not None and rows.loss_weight is not None
+        targets, loss_weight = rows.place.local(rows.targets, IGNORE_INDEX), rows.place.local(rows.loss_weight)
         text_loss = chunked_cross_entropy(
-            hidden, self.language_model.lm_head.weight, rows.targets, rows.loss_weight, num_targets=batch.num_targets
+            hidden,
+            self.language_model.lm_head.weight,
+            targets,
+            loss_weight,
+            num_targets=rows.place.num_targets(targets, whole.num_targets),
         )
         logits = self.language_model.logits(hidden) if return_logits else None
         return Output(text_loss, {"text": text_loss.detach()}, hidden, rows, logits)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Rooms without an op: every room may use these.
 COMMON = {"backend", "checks", "env", "layout", "native", "_triton", "_C"}
-ROOMS_A_ROOM_MAY_USE = {"sequence_parallel": {"attention"}}
+ROOMS_A_ROOM_MAY_USE = {"sequence_parallel": {"attention", "token_dropout"}}
 FIRST_PARTY = {"lrc_kernels", "lrc_model", "benchmarks", "examples", "tests", "tools"}
 
 

@@ -45,9 +45,26 @@ struct ScoreArgs {
   float* scores;  // [num_scores]
   int64_t num_scores;
   int threads;
+  // For sequences that are one block each, row r asking sequence r, of a longer sequence that others hold parts of.
+  // Either is null:
+  float* statistics;    // [2, num_rows, num_heads] out, instead of scores: block maximum, sum of exp(logit - maximum)
+  const float* factor;  // [num_rows, num_heads] what the exponentials are multiplied by
 };
 
 void attention_scores(const ScoreArgs& args);
+
+// What the exponentials of each block are multiplied by to become probabilities, from the statistics of all blocks.
+struct FactorArgs {
+  const float* maximum;  // [num_sequences, num_heads, num_blocks]
+  const float* sum;      // likewise
+  const int64_t* seen;   // [num_sequences] blocks that the row of each sequence sees
+  int64_t num_sequences;
+  int64_t num_heads;
+  int64_t num_blocks;
+  float* factor;  // [num_sequences, num_heads, num_blocks]; what is not seen stays as it is
+};
+
+void attention_score_factors(const FactorArgs& args);
 
 // Some rows of one sequence against some kv heads: what fits into the scratch at once. Vector v = (head, row) with the
 // row running fastest.
@@ -75,6 +92,7 @@ struct ScoreSpan {
 struct TokenDropoutKernels {
   int64_t step;  // head_dim of packed q is padded to a multiple of it
   void (*scores)(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans);
+  void (*factors)(const FactorArgs& args);
 };
 
 #define LRC_DECLARE_TOKEN_DROPOUT(isa)                   \

@@ -344,20 +344,40 @@ void block_scores(const ScoreArgs& args, const ScoreSpan& span, int64_t block) {
   if (args.lse != nullptr) block_reduce(args, span, block, p, maximum);
 }
 
-// Over the blocks of one vector, ascending: maximum becomes the factor exp(block maximum - maximum) / sum.
-void merge_blocks(const ScoreSpan& span, int64_t vectors, int64_t v) {
-  const int64_t num_blocks = (span.visible[v % span.num_rows] + kScoreBlock - 1) / kScoreBlock;
-  const float* m = span.maximum + v;
+// Over the blocks of one vector, `step` floats apart, ascending: factor = exp(block maximum - maximum) / sum. It may
+// take the place of the maximum.
+void merge_blocks(const float* m, const float* sum, int64_t num_blocks, int64_t step, float* factor) {
   float largest = -kInfinity;
-  for (int64_t b = 0; b < num_blocks; ++b) largest = m[b * vectors] > largest ? m[b * vectors] : largest;
+  for (int64_t b = 0; b < num_blocks; ++b) largest = m[b * step] > largest ? m[b * step] : largest;
   // In double precision, so that what is rounded is each key's own exponential and this factor, once.
   const auto weight = [&](int64_t b) {
-    return m[b * vectors] == largest ? 1. : __builtin_exp(static_cast<double>(m[b * vectors]) - largest);
+    return m[b * step] == largest ? 1. : __builtin_exp(static_cast<double>(m[b * step]) - largest);
   };
   double total = 0.;
-  for (int64_t b = 0; b < num_blocks; ++b) total += weight(b) * span.sum[b * vectors + v];
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    span.maximum[b * vectors + v] = static_cast<float>(weight(b) / total);
+  for (int64_t b = 0; b < num_blocks; ++b) total += weight(b) * sum[b * step];
+  for (int64_t b = 0; b < num_blocks; ++b) factor[b * step] = static_cast<float>(weight(b) / total);
+}
+
+void factors(const FactorArgs& args) {
+  for (int64_t s = 0; s < args.num_sequences; ++s) {
+    for (int64_t h = 0; h < args.num_heads; ++h) {
+      const int64_t at = (s * args.num_heads + h) * args.num_blocks;
+      merge_blocks(args.maximum + at, args.sum + at, args.seen[s], 1, args.factor + at);
+    }
+  }
+}
+
+// Statistics of a sequence that is one block go out, or the factor of its blocks comes in; see ScoreArgs.
+void exchange_statistics(const ScoreArgs& args, const ScoreSpan& span) {
+  const int64_t group = args.num_heads / args.keys.num_kv_heads, vectors = vectors_of(args, span);
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t h = span.first_kv_head * group + v / span.num_rows, r = span.row[v % span.num_rows];
+    if (args.statistics != nullptr) {
+      args.statistics[r * args.num_heads + h] = span.maximum[v];
+      args.statistics[(args.num_rows + r) * args.num_heads + h] = span.sum[v];
+    } else {
+      span.maximum[v] = args.factor[r * args.num_heads + h];
+    }
   }
 }
 
@@ -382,9 +402,15 @@ void scores_of(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans)
                  [&](const ScoreSpan& span, int64_t block) { block_scores<T>(args, span, block); });
   if (args.lse != nullptr) return;
   run_tasks(args.threads, num_spans, [&](int, int64_t i) {
-    const int64_t vectors = vectors_of(args, spans[i]);
-    for (int64_t v = 0; v < vectors; ++v) merge_blocks(spans[i], vectors, v);
+    const ScoreSpan& span = spans[i];
+    const int64_t vectors = vectors_of(args, span);
+    if (args.statistics != nullptr || args.factor != nullptr) return exchange_statistics(args, span);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t num_blocks = (span.visible[v % span.num_rows] + kScoreBlock - 1) / kScoreBlock;
+      merge_blocks(span.maximum + v, span.sum + v, num_blocks, vectors, span.maximum + v);
+    }
   });
+  if (args.statistics != nullptr) return;
   for_each_block(args, spans, num_spans, [&](const ScoreSpan& span, int64_t block) {
     const int64_t vectors = vectors_of(args, span);
     block_reduce(args, span, block, span.p + block * vectors * kScoreBlock, span.maximum + block * vectors);
@@ -405,6 +431,6 @@ void scores(const ScoreArgs& args, const ScoreSpan* spans, int64_t num_spans) {
 }  // namespace
 
 extern const TokenDropoutKernels kTokenDropoutKernels;
-const TokenDropoutKernels kTokenDropoutKernels = {2 * kLanes, scores};
+const TokenDropoutKernels kTokenDropoutKernels = {2 * kLanes, scores, factors};
 
 }  // namespace lrc::cpu::LRC_ISA

@@ -60,6 +60,13 @@ void check(const ScoreArgs& args) {
     require(args.num_scores <= args.keys.num_tokens,
             "k must hold " + std::to_string(args.num_scores) + " tokens, got " + std::to_string(args.keys.num_tokens));
   }
+  if (args.statistics != nullptr || args.factor != nullptr) {
+    require(args.num_rows == args.num_sequences && args.lse == nullptr, "blocks must have one row each, and no lse");
+    for (int64_t s = 0; s < args.num_sequences; ++s) {
+      require(args.cu_seqlens[s + 1] - args.cu_seqlens[s] <= kScoreBlock,
+              "blocks must have at most " + std::to_string(kScoreBlock) + " keys");
+    }
+  }
   for (int64_t r = 0; r < args.num_rows; ++r) {
     require(args.row_sequence[r] >= -1 && args.row_sequence[r] < args.num_sequences,
             "row_sequence must lie in [-1, " + std::to_string(args.num_sequences) + "), got " +
@@ -164,6 +171,15 @@ void attention_scores(const ScoreArgs& args) {
     }
   }
   wave.run();
+}
+
+void attention_score_factors(const FactorArgs& args) {
+  require(args.num_sequences >= 0 && args.num_heads >= 1 && args.num_blocks >= 0, "num_heads must be >= 1");
+  for (int64_t s = 0; s < args.num_sequences; ++s) {
+    require(args.seen[s] >= 0 && args.seen[s] <= args.num_blocks,
+            "seen must lie in [0, " + std::to_string(args.num_blocks) + "], got " + std::to_string(args.seen[s]));
+  }
+  kernels().factors(args);
 }
 
 }  // namespace lrc::cpu

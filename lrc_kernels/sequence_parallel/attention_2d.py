@@ -296,7 +296,13 @@ def ulysses_attention(
 
 def _task(plan: Tensor, ranks: int, softmax_scale: float, key_bias: Tensor | None, grad_wire: torch.dtype) -> Task:
     decoded = decode(plan)
-    return Task(decoded, *TorchRanks.of(ranks).place(decoded), softmax_scale, key_bias is not None, grad_wire)
+    return Task(
+        decoded,
+        *TorchRanks.of(ranks).place(decoded.ring, decoded.ulysses),
+        softmax_scale,
+        key_bias is not None,
+        grad_wire,
+    )
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> None:

@@ -11,13 +11,10 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, distributed
-
-if TYPE_CHECKING:
-    from lrc_kernels.sequence_parallel.plan import SequencePlan
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,7 +53,16 @@ class AllGather:
     step: int
 
 
-Request = Shift | AllToAll | AllGather
+@dataclass(frozen=True, eq=False)
+class AllReduce:
+    """Give `tensor`; the sum of those of all ranks of `axis` arrives. Same shape on every rank."""
+
+    axis: str
+    tensor: Tensor
+    step: int
+
+
+Request = Shift | AllToAll | AllGather | AllReduce
 
 
 class Pending:
@@ -113,14 +119,14 @@ class TorchRanks:
             raise RuntimeError("mesh must live until the last backward on it, got one that is gone")
         return ranks
 
-    def place(self, plan: SequencePlan) -> tuple[int, int]:
-        """(ring rank, ulysses rank) of this process.
+    def place(self, ring: int, ulysses: int) -> tuple[int, int]:
+        """(ring rank, ulysses rank) of this process, for a plan of these degrees.
 
         Raises:
             ValueError: a mesh whose degrees are not those of the plan.
         """
         here = []
-        for axis, degree in (("ring", plan.ring), ("ulysses", plan.ulysses)):
+        for axis, degree in (("ring", ring), ("ulysses", ulysses)):
             ranks = self.ranks.get(axis, [self.rank])
             if len(ranks) != degree:
                 raise ValueError(
@@ -176,9 +182,15 @@ class TorchRanks:
         # The request keeps the tensor that is being sent alive.
         return Pending(Shift(request.axis, sent, request.receive_rows, request.step), arriving, pairs)
 
-    def _collective(self, request: AllToAll | AllGather) -> Pending:
+    def _collective(self, request: AllToAll | AllGather | AllReduce) -> Pending:
         group, ranks = self.groups[request.axis], self.ranks[request.axis]
         here, sent = ranks.index(self.rank), request.tensor.contiguous()
+        if isinstance(request, AllReduce):
+            total = sent.clone()
+            work = distributed.all_reduce(total, group=group, async_op=True)
+            # What a ring of the backend sends: to scatter the sums, and to gather them.
+            self.bytes_sent += 2 * sent.nbytes * (len(ranks) - 1) // len(ranks)
+            return Pending(request, total, [(work, tuple(ranks))])
         if isinstance(request, AllGather):
             arriving = sent.new_empty(len(ranks) * sent.shape[0], *sent.shape[1:])
             work = _all_gather(arriving, sent, group=group, async_op=True)
@@ -307,6 +319,8 @@ class VirtualRanks:
             raise RuntimeError(
                 f"rank {rank} expected {wanted} rows at step {request.step}, got {list(map(len, parts))}"
             )
+        if isinstance(request, AllReduce):
+            return torch.stack(parts).sum(0)
         return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
 
 

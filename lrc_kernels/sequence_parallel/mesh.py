@@ -15,6 +15,7 @@ from lrc_kernels.sequence_parallel.comm import TorchRanks
 from lrc_kernels.sequence_parallel.plan import SequencePlan
 
 PLACEMENTS = ("head_first", "context_first")
+DIMENSIONS = ("dp", "ring", "ulysses")
 
 # How many there have been of the same ranks: every rank makes them in the same order.
 _made: Counter[str] = Counter()
@@ -56,15 +57,19 @@ def place(plan: SequencePlan, mesh: DeviceMesh) -> tuple[int, int]:
     Raises:
         ValueError: a mesh whose degrees are not those of the plan.
     """
-    return ranks_of(mesh).place(plan)
+    return ranks_of(mesh).place(plan.ring, plan.ulysses)
+
+
+def degree_of(mesh: DeviceMesh, name: str) -> int:
+    """Ranks of a dimension of the mesh, 1 where it has none of that name."""
+    return mesh[name].size() if name in (mesh.mesh_dim_names or ()) else 1
 
 
 def ranks_of(mesh: DeviceMesh) -> TorchRanks:
     """What runs schedules on this mesh, made once for each; its `bytes_sent` counts what this process has sent."""
     key = id(mesh)
     if key not in _ranks:
-        names = [name for name in ("ring", "ulysses") if name in (mesh.mesh_dim_names or ())]
-        groups = {str(name): mesh.get_group(name) for name in names if mesh[name].size() > 1}
+        groups = {name: mesh.get_group(name) for name in DIMENSIONS if degree_of(mesh, name) > 1}
         forget = weakref.ref(mesh, lambda _: _ranks.pop(key, None))
         members = f"{mesh.mesh_dim_names} {mesh.mesh.tolist()}"
         _ranks[key] = forget, TorchRanks(groups, torch.device(mesh.device_type), f"{members} #{_made[members]}")

@@ -2,17 +2,22 @@
 """Token dropout inside the LLM: scoring visual tokens, choosing those that stay, and moving their rows (InternVideo2.5
 section 3.1, eq. 2)."""
 
+from lrc_kernels.token_dropout.block_scores import SCORE_BLOCK, block_factors, block_scores, block_statistics
 from lrc_kernels.token_dropout.op import drop_tokens, drop_tokens_rmsnorm, restore_tokens, select_tokens
 from lrc_kernels.token_dropout.plan import DropBudget, Selection, drop_budget
 from lrc_kernels.token_dropout.schedule import DropoutSchedule, drop_position_ids, query_rows
 from lrc_kernels.token_dropout.scores import attention_column_sums, attention_scores
 
 __all__ = [
+    "SCORE_BLOCK",
     "DropBudget",
     "DropoutSchedule",
     "Selection",
     "attention_column_sums",
     "attention_scores",
+    "block_factors",
+    "block_scores",
+    "block_statistics",
     "drop_budget",
     "drop_position_ids",
     "drop_tokens",

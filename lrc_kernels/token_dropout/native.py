@@ -17,6 +17,8 @@ _MODES = {"topk": 0, "linspace": 1, "random": 2}
 # One block walks a sequence; past this many rows several blocks per sequence (Triton) are faster.
 _LONGEST = 65536
 _MOST_MOVES = 8
+# Keys over which the statistics of scores are taken.
+_SCORE_BLOCK = 128
 # Elements of a CPU tile: 512 KiB in fp32.
 _TILE = 131072
 
@@ -40,7 +42,10 @@ def cpu_scores(
     head_reduce: str,
     one_row: bool,
     softmax_scale: float,
+    statistics: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
+    """`reference_scores.scores`; of sequences of one block also their statistics out, or their factors in."""
     # A key's channels are read as vectors; any other stride may be what it is.
     k = k if k.stride(-1) == 1 or k.shape[-1] == 1 else k.contiguous()
     q, cu_seqlens = q.float().contiguous(), cu_seqlens_k.to(torch.int64).contiguous()
@@ -58,9 +63,54 @@ def cpu_scores(
         *(0 if table is None else table.data_ptr(), sizes, cu_seqlens.data_ptr(), cu_seqlens.numel() - 1),
         *(row_sequence.data_ptr(), row_position.data_ptr(), 0 if lse is None else lse.data_ptr()),
         *(head_reduce == "max", 1.0 / q.shape[1] if head_reduce == "mean" else 1.0, softmax_scale),
-        *(scores.data_ptr(), num_tokens, torch.get_num_threads()),
+        *(scores.data_ptr(), num_tokens, torch.get_num_threads(), pointer(statistics), pointer(factor)),
     )
     return scores
+
+
+cpu_supports_block_statistics = cpu_supports_block_scores = cpu_supports_scores
+
+
+def cpu_supports_block_factors(statistics: Tensor, *rest: Any) -> str | None:
+    if statistics.dtype == torch.float32:
+        return None
+    return f"statistics must be fp32, got {str(statistics.dtype).removeprefix('torch.')}"
+
+
+def cpu_block_statistics(
+    q: Tensor, k: Tensor, cu_blocks: Tensor, query_position: Tensor, softmax_scale: float
+) -> Tensor:
+    statistics = torch.zeros(2, *q.shape[:2])
+    statistics[0] = -torch.inf
+    row, longest = torch.arange(q.shape[0], dtype=torch.int32), k.shape[0]
+    options = (None, None, longest, longest, "sum", True, softmax_scale)
+    cpu_scores(q, k, cu_blocks, row, query_position, *options, statistics=statistics)
+    return statistics
+
+
+def cpu_block_factors(statistics: Tensor, cu_seqlens_k: Tensor, query_position: Tensor) -> Tensor:
+    statistics = statistics.contiguous()
+    seen = torch.minimum(cu_seqlens_k.diff(), query_position + 1).clamp(min=0).long()
+    seen = (seen + _SCORE_BLOCK - 1) // _SCORE_BLOCK
+    factor = torch.zeros_like(statistics[0])
+    C.attention_score_factors(
+        *(statistics[0].data_ptr(), statistics[1].data_ptr(), seen.data_ptr(), *factor.shape, factor.data_ptr())
+    )
+    return factor
+
+
+def cpu_block_scores(
+    q: Tensor,
+    k: Tensor,
+    cu_blocks: Tensor,
+    query_position: Tensor,
+    factor: Tensor,
+    head_reduce: str,
+    softmax_scale: float,
+) -> Tensor:
+    row, longest = torch.arange(q.shape[0], dtype=torch.int32), k.shape[0]
+    options = (None, None, longest, longest, head_reduce, True, softmax_scale)
+    return cpu_scores(q, k, cu_blocks, row, query_position, *options, factor=factor.contiguous())
 
 
 def cpu_move_rows(tensors: list[Tensor], index: Tensor, fill: list[float]) -> list[Tensor]:

@@ -6,6 +6,8 @@ In: q, k and which rows count. Out: one number per key. Memory is O(Tk * Hq), ne
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -74,32 +76,97 @@ def _key_block(k: Tensor, start: int, first: int, count: int, table: Tensor | No
     return block.permute(1, 2, 0)
 
 
+def _block_logits(
+    q: Tensor, k: Tensor, start: int, first: int, count: int, table: Tensor | None, softmax_scale: float
+) -> Tensor:
+    """[Hq, BLOCK] of one row q [Hq, K] over one block of keys, -inf past `count`."""
+    heads, kv_heads = q.shape[0], k.shape[-2]
+    grouped = q.to(accumulation_dtype(k)).view(kv_heads, heads // kv_heads, q.shape[1])
+    logits = (grouped @ _key_block(k, start, first, count, table)).view(heads, BLOCK) * softmax_scale
+    logits[:, count:] = -torch.inf
+    return logits
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - their maximum), the maximum and the sum of each head of a block."""
+    maximum = logits.amax(1, keepdim=True)
+    p = (logits - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp()
+    return p, maximum, p.sum(1, keepdim=True)
+
+
+def _factors(maxima: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
+    """What turns the exponentials of each block into probabilities; blocks in ascending order."""
+    largest = torch.stack(maxima).amax(0)
+    weights = [(maximum - largest).exp() for maximum in maxima]
+    total = torch.zeros_like(largest)
+    for sum_of_block, weight in zip(sums, weights, strict=True):
+        total = total + sum_of_block * weight
+    return [weight / total for weight in weights]
+
+
 def _row_scores(
     q: Tensor, k: Tensor, start: int, num_keys: int, table: Tensor | None, lse: Tensor | None, head_reduce: str,
     softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     """[num_keys] of one row q [Hq, K]: block statistics (m, l) in ascending order of blocks, then p / l."""
-    heads, kv_heads = q.shape[0], k.shape[-2]
-    grouped = q.to(accumulation_dtype(k)).view(kv_heads, heads // kv_heads, q.shape[1])
-    probabilities, maxima = [], []
-    for first in range(0, num_keys, BLOCK):
-        count = min(BLOCK, num_keys - first)
-        logits = (grouped @ _key_block(k, start, first, count, table)).view(heads, BLOCK) * softmax_scale
-        logits[:, count:] = -torch.inf
-        if lse is None:
-            maxima.append(logits.amax(1, keepdim=True))
-            offset = maxima[-1].masked_fill(maxima[-1] == -torch.inf, 0.0)
-        else:
-            offset = lse[:, None].masked_fill(lse[:, None] == -torch.inf, torch.inf)
-        probabilities.append((logits - offset).exp())
+    blocks = [
+        _block_logits(q, k, start, first, min(BLOCK, num_keys - first), table, softmax_scale)
+        for first in range(0, num_keys, BLOCK)
+    ]
     if lse is None:
-        largest = torch.stack(maxima).amax(0)
-        factors = [(maximum - largest).exp() for maximum in maxima]
-        total = torch.zeros_like(largest)
-        for p, factor in zip(probabilities, factors, strict=True):
-            total = total + p.sum(1, keepdim=True) * factor
-        probabilities = [p * (factor / total) for p, factor in zip(probabilities, factors, strict=True)]
+        parts = [_exponentials(logits) for logits in blocks]
+        factors = _factors([maximum for _, maximum, _ in parts], [total for *_, total in parts])
+        probabilities = [p * factor for (p, *_), factor in zip(parts, factors, strict=True)]
+    else:
+        offset = lse[:, None].masked_fill(lse[:, None] == -torch.inf, torch.inf)
+        probabilities = [(logits - offset).exp() for logits in blocks]
     return torch.cat([reduce_heads(p, head_reduce) for p in probabilities])[:num_keys]
+
+
+def block_statistics(q: Tensor, k: Tensor, cu_blocks: Tensor, query_position: Tensor, softmax_scale: float) -> Tensor:
+    """[2, B, Hq]: of row b over block b of at most BLOCK keys the maximum logit and the sum of exp(logit - maximum).
+
+    Row b sees the keys 0..position of its block; where it sees none they are -inf and 0.
+    """
+    result = torch.zeros(2, *q.shape[:2], dtype=accumulation_dtype(k), device=k.device)
+    result[0] = -torch.inf
+    for b, (start, count) in enumerate(_seen(cu_blocks, query_position)):
+        if count > 0:
+            _, maximum, total = _exponentials(_block_logits(q[b], k, start, 0, count, None, softmax_scale))
+            result[0, b], result[1, b] = maximum[:, 0], total[:, 0]
+    return result
+
+
+def block_factors(statistics: Tensor, cu_seqlens_k: Tensor, query_position: Tensor) -> Tensor:
+    """[S, Hq, NB]: exp(block maximum - maximum) / sum of row s over its sequence, from statistics [2, S, Hq, NB]."""
+    result = torch.zeros_like(statistics[0])
+    for s, (_, count) in enumerate(_seen(cu_seqlens_k, query_position)):
+        if count > 0:
+            blocks = -(-count // BLOCK)
+            maxima, sums = ([x.contiguous() for x in side[s, :, :blocks].split(1, 1)] for side in statistics)
+            result[s, :, :blocks] = torch.cat(_factors(maxima, sums), 1)
+    return result
+
+
+def block_scores(
+    q: Tensor, k: Tensor, cu_blocks: Tensor, query_position: Tensor, factor: Tensor, head_reduce: str,
+    softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    """[Tk]: reduce_h exp(logit - block maximum) * factor[b, h] of row b over block b."""
+    result = torch.zeros(k.shape[0], dtype=accumulation_dtype(k), device=k.device)
+    for b, (start, count) in enumerate(_seen(cu_blocks, query_position)):
+        if count > 0:
+            p, *_ = _exponentials(_block_logits(q[b], k, start, 0, count, None, softmax_scale))
+            result[start : start + count] = reduce_heads(p * factor[b, :, None], head_reduce)[:count]
+    return result
+
+
+def _seen(cu_seqlens: Tensor, query_position: Tensor) -> list[tuple[int, int]]:
+    """First key of each sequence, and how many of its keys its row sees."""
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    positions = query_position.tolist()
+    return [(s, min(n, p + 1)) for s, n, p in zip(starts[:-1], lengths, positions, strict=True)]
 
 
 def reduce_heads(x: Tensor, head_reduce: str) -> Tensor:

@@ -39,20 +39,22 @@ column_sums_op = Op(
 )
 
 
-def _triton(name: str) -> Any:
+def triton_function(name: str, module: str = "triton_scores") -> Any:
     """Launch functions are imported on the first call, so that the package imports where Triton is missing."""
 
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module("lrc_kernels.token_dropout.triton_scores"), name)(*args)
+        return getattr(importlib.import_module(f"lrc_kernels.token_dropout.{module}"), name)(*args)
 
     return launch
 
 
 scores_op.implement("reference", reference_scores.scores)
 scores_op.implement("cpu", native.cpu_scores, supports=native.cpu_supports_scores, available=native.cpu_unavailable)
-scores_op.implement("triton", _triton("launch_scores"), supports=_triton("supports_scores"))
+scores_op.implement("triton", triton_function("launch_scores"), supports=triton_function("supports_scores"))
 column_sums_op.implement("reference", reference_scores.column_sums)
-column_sums_op.implement("triton", _triton("launch_column_sums"), supports=_triton("supports_column_sums"))
+column_sums_op.implement(
+    "triton", triton_function("launch_column_sums"), supports=triton_function("supports_column_sums")
+)
 
 
 def attention_scores(
@@ -101,7 +103,7 @@ def attention_scores(
     """
     check_choice("head_reduce", head_reduce, HEAD_REDUCTIONS)
     check_choice("query_reduce", query_reduce, QUERY_REDUCTIONS)
-    softmax_scale = _check_heads(q, k, 3 if block_table is None else 4, softmax_scale)
+    softmax_scale = check_heads(q, k, 3 if block_table is None else 4, softmax_scale)
     layout = _check_layout("cu_seqlens_k", cu_seqlens_k, k)
     for name, value in (("query_sequence", query_sequence), ("query_position", query_position)):
         check_tensor(name, value, dims=(1,), dtypes=(torch.int32,), like=q)
@@ -166,7 +168,7 @@ def attention_column_sums(
     """
     check_choice("reduce", reduce, COLUMN_REDUCTIONS)
     check_choice("head_reduce", head_reduce, HEAD_REDUCTIONS)
-    softmax_scale = _check_heads(q, k, 3, softmax_scale)
+    softmax_scale = check_heads(q, k, 3, softmax_scale)
     layout_q, layout_k = _check_layout("cu_seqlens_q", cu_seqlens_q, k), _check_layout("cu_seqlens_k", cu_seqlens_k, k)
     if layout_q.num_sequences != layout_k.num_sequences:
         raise ValueError(
@@ -185,7 +187,7 @@ def attention_column_sums(
     )
 
 
-def _check_heads(q: Tensor, k: Tensor, k_dims: int, softmax_scale: float | None) -> float:
+def check_heads(q: Tensor, k: Tensor, k_dims: int, softmax_scale: float | None) -> float:
     """Checks what q and k share, and returns the scale."""
     check_tensor("q", q, dims=(3,))
     check_tensor("k", k, dims=(k_dims,), dtypes=(q.dtype,), like=q)

@@ -33,6 +33,7 @@ _POINTERS = {
     "table_ptr": None,
     "mask_ptr": None,
     "p_ptr": "*fp32",
+    "factor_ptr": None,
 }
 
 
@@ -87,6 +88,16 @@ COMPILE_CASES = [
     *_matrix_cases("h28-bf16", "bf16", 28, 4),
     *_matrix_cases("h32-fp32", "fp32", 32, 8),
     _case("scores_merge", attention_scores_fwd_merge_kernel, HQ=32, BLOCK_N=_BLOCKS.keys, BLOCK_B=_BLOCKS.merge),
+    _case(
+        "scores_merge-blocks",
+        attention_scores_fwd_merge_kernel,
+        HQ=32,
+        BLOCK_N=_BLOCKS.keys,
+        BLOCK_B=_BLOCKS.merge,
+        factor_ptr="*fp32",
+        offset_ptr=None,
+        inverse_ptr=None,
+    ),
     _reduce_case("h32", 32, False),
     _reduce_case("h28-max", 28, True),
 ]

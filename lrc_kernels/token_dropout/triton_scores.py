@@ -168,10 +168,12 @@ def attention_scores_fwd_partial_kernel(
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def attention_scores_fwd_merge_kernel(
-    cu_ptr, row_sequence_ptr, position_ptr, maximum_ptr, sum_ptr, offset_ptr, inverse_ptr, num_blocks,
+    cu_ptr, row_sequence_ptr, position_ptr, maximum_ptr, sum_ptr, offset_ptr, inverse_ptr, factor_ptr, num_blocks,
     HQ: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, heads). The maximum over all blocks and 1 / sum relative to it [R, HQ], blocks in ascending order."""
+    """Grid (rows, heads). The maximum over all blocks and 1 / sum relative to it [R, HQ], blocks in ascending order;
+    with factor_ptr instead what the exponentials of each block are multiplied by [R, HQ, num_blocks].
+    """
     i_r, i_h = tl.program_id(0), tl.program_id(1)
     i_s = tl.load(row_sequence_ptr + i_r)
     if i_s >= 0:
@@ -191,8 +193,15 @@ def attention_scores_fwd_merge_kernel(
             b_max = tl.load(maximum_ptr + vector * num_blocks + o_b, mask=o_b < blocks, other=-INFINITY)
             b_sum = tl.load(sum_ptr + vector * num_blocks + o_b, mask=o_b < blocks, other=0.0)
             total += tl.sum(b_sum * tl.exp(b_max - base), 0)
-        tl.store(offset_ptr + vector, base)
-        tl.store(inverse_ptr + vector, 1.0 / total)
+        if factor_ptr is None:
+            tl.store(offset_ptr + vector, base)
+            tl.store(inverse_ptr + vector, 1.0 / total)
+        else:
+            for b in range(0, blocks, BLOCK_B):
+                o_b = b + tl.arange(0, BLOCK_B)
+                b_max = tl.load(maximum_ptr + vector * num_blocks + o_b, mask=o_b < blocks, other=0.0)
+                b_factor = tl.exp(b_max - base) * (1.0 / total)
+                tl.store(factor_ptr + vector * num_blocks + o_b, b_factor, mask=o_b < blocks)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_tokens"])
@@ -328,21 +337,21 @@ def attention_column_sums_fwd_kernel(
         tl.store(out_ptr + start_k + o_n, total * head_scale, mask=m_n)
 
 
-def _declines(name: str, value: Tensor) -> str | None:
+def declines(name: str, value: Tensor) -> str | None:
     if value.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return None
     return f"{name} must be fp32, bf16 or fp16, got {str(value.dtype).removeprefix('torch.')}"
 
 
 def supports_scores(q: Tensor, k: Tensor, *rest: object) -> str | None:
-    return _declines("k", k)
+    return declines("k", k)
 
 
 def supports_column_sums(q: Tensor, k: Tensor, *rest: object) -> str | None:
-    return _declines("k", k)
+    return declines("k", k)
 
 
-def _unit_channel_stride(x: Tensor) -> Tensor:
+def unit_channel_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -374,7 +383,7 @@ def launch_scores(
     one_row: bool,
     softmax_scale: float,
 ) -> Tensor:
-    q, k, blocks = q.contiguous(), _unit_channel_stride(k), score_blocks(k.dtype)
+    q, k, blocks = q.contiguous(), unit_channel_stride(k), score_blocks(k.dtype)
     scores = torch.zeros(num_tokens, dtype=torch.float32, device=k.device)
     (rows, heads, head_dim), num_sequences = q.shape, cu_seqlens_k.shape[0] - 1
     if 0 in (rows, num_sequences, max_seqlen):
@@ -404,7 +413,7 @@ def launch_scores(
             **tiles, BLOCK_N=blocks.keys, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
         attention_scores_fwd_merge_kernel[(rows, heads)](
-            cu, row_sequence.contiguous(), position, maximum, total, offset, inverse, num_blocks, HQ=heads,
+            cu, row_sequence.contiguous(), position, maximum, total, offset, inverse, None, num_blocks, HQ=heads,
             BLOCK_N=blocks.keys, BLOCK_B=blocks.merge,
         )  # fmt: skip
         if p is not None:
@@ -436,7 +445,7 @@ def launch_column_sums(
     head_reduce: str,
     softmax_scale: float,
 ) -> Tensor:
-    q, k, blocks = _unit_channel_stride(q), _unit_channel_stride(k), score_blocks(k.dtype)
+    q, k, blocks = unit_channel_stride(q), unit_channel_stride(k), score_blocks(k.dtype)
     lse = lse if lse.stride(1) == 1 else lse.contiguous()
     out = torch.zeros(k.shape[0], dtype=torch.float32, device=k.device)
     num_sequences, heads = cu_seqlens_k.shape[0] - 1, q.shape[1]

@@ -15,6 +15,7 @@ from lrc_model.checkpoint import convert_checkpoint
 from lrc_model.config import tiny
 from lrc_model.model import LRCModel
 from lrc_model.waterfall import run_prefill
+from tests.model.samples import make_sample
 
 DROPOUTS = {
     "none": None,
@@ -31,24 +32,6 @@ def make_model(dropout="none", dtype=torch.float32, **changed):
             if parameter.dim() == 2:
                 parameter.mul_(6)
     return model
-
-
-def make_sample(num_frames, sample_id, length=14, labelled=True):
-    """A prompt of `length` words with one visual token per frame behind the second word, and an answer at its end."""
-    random = torch.Generator().manual_seed(sample_id)
-    n = length + num_frames
-    visual = torch.zeros(n, dtype=torch.bool)
-    visual[2 : 2 + num_frames] = True
-    labels = torch.full((n,), -100)
-    labels[-4:] = torch.randint(0, 250, (4,), generator=random)
-    frames = torch.randint(0, 256, (num_frames, 3, 56, 56), generator=random).to(torch.uint8)
-    return Sample(
-        input_ids=torch.randint(0, 250, (n,), generator=random),
-        visual=visual,
-        frames=frames if num_frames else None,
-        labels=labels if labelled else None,
-        sample_id=sample_id,
-    )
 
 
 def pack(*sizes, **options):
