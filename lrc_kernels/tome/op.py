@@ -49,7 +49,7 @@ def _fake_plan(metric: Tensor, cu_in: Tensor, cu_out: Tensor, r: Tensor, size: A
 
 
 def _fake_merge(x: Tensor, assign: Tensor, size: Tensor, weight: Any, cu_in: Tensor, cu_out: Tensor, num_out: int,
-                max_seqlen: int, reduce: str, binary_weight: bool, layout: list[int]) -> Tensor:  # fmt: skip
+                max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int]) -> Tensor:  # fmt: skip
     return x.new_empty(num_out, _token_shape(x, layout)[1])
 
 
@@ -70,7 +70,7 @@ plan_op = Op(
 )
 merge_op = Op(
     "tome_merge_fwd(Tensor x, Tensor assign, Tensor size, Tensor? weight, Tensor cu_seqlens_in, Tensor cu_seqlens_out, "
-    "SymInt num_out, SymInt max_seqlen, str reduce, bool binary_weight, int[] layout) -> Tensor",
+    "SymInt num_out, SymInt max_seqlen_out, str reduce, bool binary_weight, int[] layout) -> Tensor",
     _fake_merge,
 )
 gather_op = Op(
@@ -103,6 +103,7 @@ for _op, _name in ((head_mean_op, "head_mean"), (plan_op, "plan"), (merge_op, "m
                 available=getattr(native, f"{_backend}_unavailable"),
             )
 max_backward_op.implement("reference", reference.max_backward)
+max_backward_op.implement("triton", _triton("launch_max_backward"), supports=_triton("supports_max_backward"))
 
 
 class _HeadMean(torch.autograd.Function):
@@ -122,11 +123,13 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, assign: Tensor, size: Tensor, weight: Tensor | None, cu_in: Tensor, cu_out: Tensor,
-                max_seqlen: int, reduce: str, binary_weight: bool, layout: list[int]) -> Tensor:  # fmt: skip
-        y = merge_op(x, assign, size, weight, cu_in, cu_out, size.shape[0], max_seqlen, reduce, binary_weight, layout)
+                max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int]) -> Tensor:  # fmt: skip
+        y = merge_op(
+            x, assign, size, weight, cu_in, cu_out, size.shape[0], max_seqlen_out, reduce, binary_weight, layout
+        )
         kept = (x, y) if reduce == "max" else (None, None)
         ctx.save_for_backward(assign, size, weight, cu_in, cu_out, *kept)
-        ctx.options = (max_seqlen, reduce, binary_weight, layout)
+        ctx.options = (max_seqlen_out, reduce, binary_weight, layout)
         ctx.x_shape = x.shape
         return y
 
@@ -148,10 +151,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, cu_in: Tensor,
-                cu_out: Tensor, out_size: Tensor, max_seqlen: int, reduce: str, binary_weight: bool,
+                cu_out: Tensor, out_size: Tensor, max_seqlen_out: int, reduce: str, binary_weight: bool,
                 layout: list[int]) -> Tensor:  # fmt: skip
         ctx.save_for_backward(assign, weight, cu_in, cu_out, out_size)
-        ctx.options = (max_seqlen, reduce, binary_weight, layout)
+        ctx.options = (max_seqlen_out, reduce, binary_weight, layout)
         return gather_op(y.contiguous(), assign, size, weight, layout)
 
     @staticmethod
@@ -271,7 +274,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, *, layout: TokenLayout | None = Non
         plan.weight,
         plan.layout_in.cu_seqlens,
         plan.layout_out.cu_seqlens,
-        plan.layout_in.max_seqlen,
+        plan.layout_out.max_seqlen,
         reduce,
         plan.binary_weight,
         ints,
@@ -306,7 +309,7 @@ def unmerge_tokens(y: Tensor, plan: MergePlan) -> Tensor:
         plan.layout_in.cu_seqlens,
         plan.layout_out.cu_seqlens,
         plan.size,
-        plan.layout_in.max_seqlen,
+        plan.layout_out.max_seqlen,
         "sum",
         plan.binary_weight,
         [],
