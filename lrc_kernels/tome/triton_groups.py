@@ -155,7 +155,7 @@ def tome_merge_fwd_groups_kernel(
             m_p = i_first + i < num_pieces
             in_ptr = partial_ptr + (piece + i_first + i).to(tl.int64)[:, None] * (D * SHUFFLE * SHUFFLE) + o_c[None, :]
             acc = _join(acc, tl.load(in_ptr, mask=m_p[:, None] & m_c[None, :], other=0), m_p, MODE)
-    if MODE == MEAN or MODE == MAX:
+    if size_ptr is not None:
         size = tl.load(size_ptr + o_r, mask=m_r, other=0.0)
         value = acc / size[:, None] if MODE == MEAN else acc
         acc = tl.where((size == 0.0)[:, None], 0.0, value)
@@ -211,8 +211,8 @@ def launch_groups(
     tiles = (at.channels, at.shuffle, block_r, block_c, unroll)
     if most_pieces:
         tome_merge_fwd_pieces_kernel[(triton.cdiv(most_pieces, block_r) * num_columns,)](
-            x, *groups, weight, y, partial, *at[:6], num_columns, num_out, num_out.bit_length(), *tiles, PIECE, MODES[mode],
-            num_warps=4,
+            x, *groups, weight, y, partial, *at[:6], num_columns, num_out, num_out.bit_length(), *tiles, PIECE,
+            MODES[mode], num_warps=4,
         )  # fmt: skip
     tome_merge_fwd_groups_kernel[(num_segments * num_blocks * num_columns,)](
         x, *groups, partial, size, weight, y, out, cu_seqlens_out, *at[:6], num_blocks, num_columns, num_out, most_rows,

@@ -16,7 +16,7 @@ from lrc_kernels.tome import (
     reference,
     unmerge_tokens,
 )
-from lrc_kernels.tome.op import gather_op, head_mean_op, merge_op
+from lrc_kernels.tome.op import gather_op, head_mean_op, max_backward_op, merge_op
 
 # numpy warns in the interpreter where NaN and 0/0 are computed and then masked.
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")]
@@ -179,6 +179,15 @@ def test_ties_go_to_the_lowest_index(device, precision, r):
     assert_same_plan(on_triton(plan_merge, metric, r=r, precision=precision), wanted)
 
 
+def test_one_channel_and_two_tokens(device):
+    """K = 1: every similarity is 1 or -1, all of them tie."""
+    layout = VarlenLayout([37, 2, 1], device)
+    metric = make_input("gaussian", (40, 1), device=device, seed=14)
+    budget = merge_budget(layout, r=[18])
+    wanted = on_reference(plan_merge, metric.double(), budget)
+    assert_same_plan(on_triton(plan_merge, metric, budget), wanted)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_equal_tokens(device, precision):
     metric = exact_tokens(70, device, kinds=1)[None]
@@ -230,6 +239,39 @@ def test_threshold_keeps_dissimilar_tokens(device):
     assert torch.equal(everything.size, torch.ones(81, device=device))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("budget_of", "options"),
+    [({"r": [20, 9]}, {}), ({"target": [10, 8]}, {"order": "position"}), ({"r": [16]}, {"threshold": 0.3})],
+)
+def test_nan_goes_through_as_in_the_public_loop(device, precision, budget_of, options):
+    """A zero token in B captures its segment, a NaN token in A merges first and spoils the row that it joins."""
+    layout = VarlenLayout([40, 33], device)
+    metric = exact_tokens(73, device, kinds=5)
+    metric[7], metric[50, 3], metric[44] = 0.0, torch.nan, torch.inf
+    protected = torch.zeros(73, dtype=torch.bool, device=device)
+    protected[[1, 41]] = True
+    budget = merge_budget(layout, num_protected=1, **budget_of)
+    options = {**options, "protected": protected, "precision": precision, "zero_policy": "reference"}
+    wanted = on_reference(plan_merge, metric.double(), budget, **options)
+    plan = on_triton(plan_merge, metric, budget, **options)
+    assert int(wanted.size.max()) > 15
+    assert torch.equal(plan.assign, wanted.assign) and torch.equal(plan.anchor, wanted.anchor)
+    assert torch.equal(plan.size, wanted.size)
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.9}])
+def test_sorted_ranks_equal_counted_ones(device, monkeypatch, options):
+    layout = VarlenLayout([45, 0, 1, 60], device)
+    metric = exact_tokens(106, device, kinds=9)
+    protected = torch.zeros(106, dtype=torch.bool, device=device)
+    protected[[2, 50, 60]] = True
+    budget = merge_budget(layout, r=[12, 7], num_protected=2)
+    counted = on_triton(plan_merge, metric, budget, protected=protected, **options)
+    monkeypatch.setattr("lrc_kernels.tome.triton_schedule.RANKS_COUNTED", 0)
+    assert_same_plan(on_triton(plan_merge, metric, budget, protected=protected, **options), counted)
+
+
 def test_destination_chooses_set_b(device):
     layout = VarlenLayout([60, 0, 20], device)
     metric = make_input("gaussian", (80, 24), device=device, seed=9)
@@ -253,7 +295,9 @@ def test_a_broken_token_touches_nothing_else(device):
     assert torch.equal(plans[0].assign[40:], whole.assign[40:])
 
 
-def test_a_clip_alone_equals_the_clip_in_a_batch(device):
+def test_a_clip_alone_equals_the_clip_in_a_batch(device, monkeypatch):
+    """Two of the clips are merged as one-hot products, the third, which keeps 7 rows, group by group."""
+    monkeypatch.setattr("lrc_kernels.tome.triton_kernels.ONE_HOT_ROWS", 6)
     lengths = [41, 60, 12]
     layout = VarlenLayout(lengths, device)
     x = make_input("video_like", (sum(lengths), 40), device=device, dtype=torch.bfloat16, seed=11)
@@ -329,6 +373,136 @@ def test_merge_and_gather(device, dtype, kind, reduce):
         assert_close(rows, reference.gather(y.double(), *args), reference.gather(y, *args), name=f"gather {name}")
 
 
+def merge_arguments(assign, weight, layout_in, layout_out, reduce, binary, layout, hub):
+    """Arguments of merge_op for a random assignment, of which a hub takes every token of the first segment."""
+    if hub:
+        assign = torch.where(torch.arange(assign.shape[0], device=assign.device) < layout_in.lengths[0], 3, assign)
+    total = torch.ones(assign.shape[0], device=assign.device) if weight is None else weight
+    size = torch.zeros(42, device=assign.device).index_add(0, assign.long(), total)
+    cu = (layout_in.cu_seqlens, layout_out.cu_seqlens, 42, layout_out.max_seqlen)
+    return assign, size, weight, *cu, reduce, binary, layout
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "reduce"),
+    [(torch.float32, "weighted", "mean"), (torch.bfloat16, "binary", "mean"), (torch.float16, "ones", "sum")],
+)
+def test_merge_group_by_group(device, monkeypatch, dtype, kind, reduce, hub):
+    """Past ONE_HOT_ROWS rows; the hub's group is cut into pieces, the segment with few rows stays a product."""
+    monkeypatch.setattr("lrc_kernels.tome.triton_kernels.ONE_HOT_ROWS", 16)
+    for name, x, _, layout in feature_cases(dtype, device):
+        if name in ("strided", "vit"):
+            num_tokens = reference.tokens_of(x, layout).flatten(0, -2).shape[0]
+            layout_in, layout_out, assign, alive, weight = random_assignment(num_tokens, device)
+            weight = {"ones": None, "binary": alive, "weighted": weight}[kind]
+            args = merge_arguments(assign, weight, layout_in, layout_out, reduce, kind != "weighted", layout, hub)
+            y = on_triton(merge_op, x, *args)
+            assert_close(y, reference.merge(x.double(), *args), reference.merge(x, *args), name=name)
+            assert torch.equal(on_triton(merge_op, x, *args), y)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maximum_and_its_gradient(device, dtype, hub):
+    for name, x, _, layout in feature_cases(dtype, device):
+        if name in ("packed", "vit"):
+            # Few values: maxima tie, and the first token that attains one has its gradient.
+            x = x.mul(2).round()
+            x[1, -1], x[0, 0] = torch.nan, -torch.inf
+            num_tokens = reference.tokens_of(x, layout).flatten(0, -2).shape[0]
+            layout_in, layout_out, assign, alive, _ = random_assignment(num_tokens, device)
+            args = merge_arguments(assign, alive, layout_in, layout_out, "max", True, layout, hub)
+            y = on_triton(merge_op, x, *args)
+            torch.testing.assert_close(y, reference.merge(x, *args), rtol=0, atol=0, equal_nan=True)
+            grad = make_input("gaussian", y.shape, dtype=dtype, device=device, seed=15)
+            backward = (grad, x, y, args[0], alive, layout)
+            assert torch.equal(on_triton(max_backward_op, *backward), reference.max_backward(*backward))
+
+
+@pytest.mark.no_poison
+def test_offsets_past_two_to_the_31(device):
+    """Frames 2^31 elements apart: only their pages are touched."""
+    memory = torch.empty(2**31 + 2048, dtype=torch.float16, device=device)
+    x = memory.as_strided((2, 25, 16), (2**31, 16, 1))
+    x.copy_(make_input("gaussian", (2, 25, 16), dtype=torch.float16, device=device))
+    near = x.clone()
+    assert torch.equal(on_triton(head_mean_op, x, 2, []), on_triton(head_mean_op, near, 2, []))
+    plan = on_triton(plan_merge, on_triton(head_mean_op, near, 2, []).view(2, 25, 8), target=6)
+    for reduce in ("mean", "max"):
+        assert torch.equal(
+            on_triton(merge_tokens, x, plan, reduce=reduce), on_triton(merge_tokens, near, plan, reduce=reduce)
+        )
+    rows = x.transpose(0, 1)[:2, :, :].transpose(0, 1)[:, 0]
+    assign = torch.tensor([1, 0, 1], dtype=torch.int32, device=device)
+    assert torch.equal(on_triton(gather_op, rows, assign, None, None, []), rows[assign.long()])
+
+
+class Counted:
+    """A kernel that notes its name at each launch."""
+
+    def __init__(self, name, kernel, launched):
+        self.name, self.kernel, self.launched = name, kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+def test_one_clip_takes_twelve_launches(device, monkeypatch):
+    from lrc_kernels.tome import triton_groups, triton_kernels, triton_plan, triton_step
+
+    launched = []
+    for module in (triton_groups, triton_kernels, triton_plan, triton_step):
+        for name in dir(module):
+            if name.startswith("tome_") and name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Counted(name, getattr(module, name), launched))
+    on_triton(compress_clips, make_input("gaussian", (1, 64, 32), device=device), 4, 2)
+    assert len(launched) == 12 and sum("match" in name for name in launched) == 4
+    launched.clear()
+    on_triton(compress_clips, make_input("gaussian", (1, 49, 32), device=device), 4, 2)
+    assert len(launched) == 16 and sum("rank" in name for name in launched) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.no_poison
+def test_one_clip_is_one_cuda_graph_without_synchronisation(device):
+    x = make_input("gaussian", (1, 2048, 1024), dtype=torch.bfloat16, device=device)
+    for _ in range(3):
+        on_triton(compress_clips, x, 128, 16)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_triton(compress_clips, x, 128, 16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = on_triton(compress_clips, x, 128, 16)
+    x.copy_(make_input("gaussian", x.shape, dtype=x.dtype, device=device, seed=7))
+    graph.replay()
+    assert torch.equal(captured, on_triton(compress_clips, x, 128, 16))
+
+
+def test_opcheck(device):
+    x = make_input("gaussian", (2, 12, 8), device=device)
+    plan = on_triton(plan_merge, x, target=3)
+    cu = (plan.layout_in.cu_seqlens, plan.layout_out.cu_seqlens)
+    y = on_triton(merge_tokens, x, plan, reduce="max").flatten(0, 1)
+    budget = merge_budget(plan.layout_in, target=3)
+    options = (None, "fp32", "reference", "reference", 1)
+    calls = {
+        "tome_head_mean_fwd": (x, 2, []),
+        "tome_plan_fwd": (x.flatten(0, 1), *cu, budget.r, None, None, None, 6, 12, *options),
+        "tome_merge_fwd": (x, plan.assign, plan.size, None, *cu, 6, 3, "max", True, []),
+        "tome_merge_max_bwd": (y, x, y, plan.assign, None, []),
+        "tome_gather_fwd": (y, plan.assign, plan.size, None, []),
+    }
+    with use_backend("triton"):
+        for name, args in calls.items():
+            torch.library.opcheck(getattr(torch.ops.lrc, name).default, args)
+
+
 @pytest.mark.parametrize(("dtype", "binary"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])
 @pytest.mark.parametrize("values", [(torch.nan,), (-torch.inf,), (torch.inf, -torch.inf), (torch.inf, torch.inf)])
 def test_non_finite_features_stay_in_their_row(device, dtype, binary, values):
@@ -390,11 +564,11 @@ def test_empty_inputs(device):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
-    [({"zero_policy": "reference"}, "zero_policy"), ({"precision": "eager_bf16"}, "features")],
+    ("dtype", "options", "reason"),
+    [(torch.float32, {"precision": "eager_bf16"}, "features"), (torch.float64, {}, "float64")],
 )
-def test_what_the_plan_declines(device, options, reason):
-    metric = make_input("gaussian", (1, 8, 4), device=device)
+def test_what_the_plan_declines(device, dtype, options, reason):
+    metric = make_input("gaussian", (1, 8, 4), device=device, dtype=dtype)
     with use_backend("triton"), pytest.raises(RuntimeError, match=reason):
         plan_merge(metric, r=2, **options)
 
@@ -403,8 +577,6 @@ def test_what_the_others_decline(device):
     x = make_input("gaussian", (1, 8, 4), device=device)
     plan = on_triton(plan_merge, x, r=2)
     with use_backend("triton"):
-        with pytest.raises(RuntimeError, match="max"):
-            merge_tokens(x, plan, reduce="max")
         for call in (lambda: head_mean_op(x.double(), 2, []), lambda: merge_tokens(x.double(), plan)):
             with pytest.raises(RuntimeError, match="float64"):
                 call()
