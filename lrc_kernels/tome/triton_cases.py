@@ -154,7 +154,7 @@ def _gather_case(name: str, dtype: str, channels: int, shuffle: int) -> CompileC
 
 
 def _group_case(name: str, dtype: str, channels: int, mode: str) -> CompileCase:
-    block_r, block_c, unroll = group_blocks(channels)
+    block_r, block_c, unroll = group_blocks(channels, mode)
     part = "*i32" if mode == "first" else "*fp32"
     arguments = {
         "x_ptr": f"*{dtype}", "order_ptr": "*i64", "row_start_ptr": "*i32", "piece_start_ptr": "*i32",

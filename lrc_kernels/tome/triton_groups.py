@@ -189,10 +189,10 @@ def group_tokens(assign: Tensor, num_out: int) -> Groups:
     return Groups(order, row_start, piece_start)
 
 
-def group_blocks(width: int) -> tuple[int, int, int]:
+def group_blocks(width: int, mode: str) -> tuple[int, int, int]:
     """(rows, channels, tokens in flight) of a tile: 2048 elements, so that 128 threads load 16 bytes of bf16 each."""
     block_c = min(512, triton.next_power_of_2(width))
-    return 2048 // block_c, block_c, 4
+    return 2048 // block_c, block_c, 2 if mode == "first" else 4
 
 
 def launch_groups(
@@ -201,7 +201,7 @@ def launch_groups(
 ) -> None:  # fmt: skip
     """Writes the rows of all segments that have more than `most_rows`; `mode` is a reduction, or "first"."""
     num_out, num_tokens = out.shape[0], groups.order.shape[0]
-    block_r, block_c, unroll = group_blocks(at.width)
+    block_r, block_c, unroll = group_blocks(at.width, mode)
     num_columns, num_blocks = triton.cdiv(at.width, block_c), triton.cdiv(min(max_seqlen_out, num_out), block_r)
     num_segments = 1 if cu_seqlens_out is None else cu_seqlens_out.shape[0] - 1
     # A row of n > PIECE tokens has fewer than 2 * n / PIECE pieces.

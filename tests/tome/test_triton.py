@@ -37,7 +37,7 @@ def small_tiles(monkeypatch, device):
     small = dict.fromkeys(("match_a", "match_b", "tokens", "step_b", "step_a"), 16)
     monkeypatch.setattr(triton_schedule, "plan_blocks", lambda width: shipped(width)._replace(**small))
     monkeypatch.setattr(triton_kernels, "merge_blocks", lambda num_out, num_segments, direct: (16, 16, 16))
-    monkeypatch.setattr(triton_groups, "group_blocks", lambda width: (4, 16, 2))
+    monkeypatch.setattr(triton_groups, "group_blocks", lambda width, mode: (4, 16, 2))
     monkeypatch.setattr(triton_groups, "PIECE", 5)
 
 
