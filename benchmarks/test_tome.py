@@ -57,7 +57,7 @@ STEPS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DATA = ("gaussian", "video_like", "all_equal")
-# Where sizes are reduced the other shapes take one kind of data for each dtype: CI has minutes, not hours.
+# Without --full-size, shapes but the first take fewer kinds of data, and no peer is compiled: CI has minutes.
 REDUCED = (("bf16", "video_like"), ("fp32", "all_equal"))
 # The preset whose prefill a clip of this shape is part of, and its frames.
 PREFILLS = {"iv25-rel": ("internvideo2_5_8b", 4), "iv25-paper": ("internvideo2_5_8b_paper", 8)}
@@ -66,14 +66,12 @@ PREFILLS = {"iv25-rel": ("internvideo2_5_8b", 4), "iv25-paper": ("internvideo2_5
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "shape" not in metafunc.fixturenames:
         return
-    full = torch.cuda.is_available() or metafunc.config.getoption("--full-size")
     everything = [(dtype, data) for dtype in DTYPES for data in DATA]
+    kinds = everything[: len(DATA)] if torch.cuda.is_available() else REDUCED
+    if metafunc.config.getoption("--full-size"):
+        kinds = everything
     shapes = STEPS if metafunc.function is test_single_step else SHAPES
-    cases = [
-        (shape, *kind)
-        for shape in shapes
-        for kind in (everything if full or shape == "iv25-rel" else REDUCED[:1] if shape in STEPS else REDUCED)
-    ]
+    cases = [(shape, *kind) for shape in shapes for kind in (everything if shape == "iv25-rel" else kinds)]
     metafunc.parametrize(("shape", "dtype", "data"), cases)
 
 
@@ -151,7 +149,7 @@ def with_compiled(contestants: dict[str, Callable], worth_it: bool) -> dict[str,
     return contestants
 
 
-def test_compress_clips(bench, benchmark, device, full_size, shape, dtype, data):
+def test_compress_clips(bench, benchmark, pytestconfig, device, full_size, shape, dtype, data):
     sizes = sizes_of(shape, device, full_size)
     batch, tokens, target, width, heads = sizes
     make = maker(data, sizes, DTYPES[dtype], device)
@@ -170,7 +168,7 @@ def test_compress_clips(bench, benchmark, device, full_size, shape, dtype, data)
             "published": lambda x: peers.published(x, target, heads),
             "torch_best": lambda x: peers.torch_best(x, target, heads),
         },
-        full_size and data == DATA[0],
+        pytestconfig.getoption("--full-size") and data == DATA[0],
     )
     nbytes = (2 * x.numel() + batch * target * width) * x.element_size()
     # Iterations halve the tokens, so that the score products sum to a third more than the first one.
@@ -192,7 +190,7 @@ def test_compress_clips(bench, benchmark, device, full_size, shape, dtype, data)
         benchmark.extra_info.update(prefill_shares(shape, batch, record))
 
 
-def test_single_step(bench, device, full_size, shape, dtype, data):
+def test_single_step(bench, pytestconfig, device, full_size, shape, dtype, data):
     """One merge inside a ViT, its class token protected, or in a diffusion model, one destination a 2 x 2 window."""
     batch, tokens, r, width, channels = STEPS[shape]
     diffusion = shape.startswith("tomesd")
@@ -227,7 +225,7 @@ def test_single_step(bench, device, full_size, shape, dtype, data):
             "published": lambda x, keys: peers.published_step(x, metric_of(x, keys), in_b, r, **options),
             "torch_best": lambda x, keys: peers.torch_best_step(x, metric_of(x, keys), in_b, r, **options),
         },
-        full_size and data == DATA[0],
+        pytestconfig.getoption("--full-size") and data == DATA[0],
     )
     if diffusion and importlib.util.find_spec("tomesd") is not None:
         contestants["tomesd"] = lambda x, keys: peers.tomesd_step(x, side, r)
