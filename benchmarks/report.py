@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the JSON of `pytest benchmarks --benchmark-only --benchmark-json=FILE` into a CSV file, a Markdown table and a
-roofline picture (where matplotlib is installed): `python -m benchmarks.report FILE... --out DIR`. With `--peers NAME` it
-draws the times of the benchmarks NAME[...] of a committed results.csv beside their peers': DIR/NAME.png."""
+roofline picture (where matplotlib is installed): `python -m benchmarks.report FILE... --out DIR`.
+
+With `--peers NAME` it draws the times of benchmarks NAME[...] of a results.csv beside their peers': DIR/NAME.png.
+"""
 
 from __future__ import annotations
 

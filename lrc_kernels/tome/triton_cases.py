@@ -91,7 +91,7 @@ def _metric_case(part: str, name: str, width: int, bf16: bool = False, **changed
 
 
 # K = 88 (InternVideo2-1B) is padded to 128 and runs the same code as K = 128 (InternVideo2.5).
-_UNFUSED = {"unit_ptr": None, "state_ptr": None}
+_UNFUSED: dict[str, Any] = {"unit_ptr": None, "state_ptr": None}
 _PLAN_CASES = [
     _metric_case("prepare", "k128-fp32", 128),
     _metric_case("prepare", "k128-bf16", 128, bf16=True),

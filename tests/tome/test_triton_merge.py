@@ -19,7 +19,13 @@ from lrc_kernels.tome import (
 from lrc_kernels.tome.op import gather_op, head_mean_op, max_backward_op, merge_op
 from tests.tome.triton_checks import assert_same_plan, on_reference, on_triton
 
-pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("small_tiles")]
+# numpy warns in the interpreter where 0/0 is computed and then masked.
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.usefixtures("small_tiles"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VIT = [2, 4, 6, 2, 1]
@@ -59,9 +65,16 @@ def random_assignment(num_tokens, device):
     return layout_in, layout_out, assign.int().to(device), alive.to(device), weight.to(device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("kind", "reduce"), [("ones", "sum"), ("binary", "mean"), ("weighted", "mean"), ("weighted", "sum")]
+    ("dtype", "kind", "reduce"),
+    [
+        (torch.float32, "ones", "sum"),
+        (torch.float32, "weighted", "mean"),
+        (torch.bfloat16, "binary", "mean"),
+        (torch.bfloat16, "weighted", "sum"),
+        (torch.float16, "ones", "mean"),
+        (torch.float16, "weighted", "mean"),
+    ],
 )
 def test_merge_and_gather(device, dtype, kind, reduce):
     for name, x, _, layout in feature_cases(dtype, device):
