@@ -395,6 +395,8 @@ def _plan(
         _check_destination(destination, protected, budget)
     if threshold is not None and not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold must be a float, got {type(threshold).__name__}")
+    if threshold is not None and threshold != threshold:
+        raise ValueError("threshold must be a number, got nan")
     layout_out = budget.layout_out if threshold is None else budget.layout_in
     assign, size_out, weight, anchor, valid = plan_op(
         payload.contiguous(),
