@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the JSON of `pytest benchmarks --benchmark-only --benchmark-json=FILE` into a CSV file, a Markdown table and a
-roofline picture (where matplotlib is installed): `python -m benchmarks.report FILE... --out DIR`."""
+roofline picture (where matplotlib is installed): `python -m benchmarks.report FILE... --out DIR`.
+
+With `--peers NAME` it draws the times of benchmarks NAME[...] of a results.csv beside their peers': DIR/NAME.png.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,19 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
             rows.append({"name": entry["name"].removeprefix("test_"), **info})
             rows[-1].update({f"peer_{name}_us": peer["median_us"] for name, peer in peers.items()})
     return rows
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results.csv, times and ceilings as numbers, without its empty cells."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {
+                key: float(value) if key.endswith(("_us", "gbps", "tflops", "bytes", "flops")) else value
+                for key, value in row.items()
+                if value
+            }
+            for row in csv.DictReader(file)
+        ]
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
@@ -84,12 +100,55 @@ def draw_roofline(rows: list[dict[str, Any]], path: Path) -> str | None:
     return None
 
 
+def draw_peers(rows: list[dict[str, Any]], name: str, path: Path) -> None:
+    """One group of bars a benchmark `name`[...]: its time, its peers', and the least that its bytes take.
+
+    Raises:
+        ValueError: no such benchmark.
+    """
+    rows = [row for row in rows if row["name"].startswith(f"{name}[")]
+    if not rows:
+        raise ValueError(f"name must be that of a benchmark in the results, got {name!r}")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    peers = list(dict.fromkeys(key for row in rows for key in row if key.startswith("peer_")))
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    height = 0.8 / (1 + len(peers))
+    for index, key in enumerate(["median_us", *peers]):
+        label = "lrc_kernels" if key == "median_us" else key.removeprefix("peer_").removesuffix("_us")
+        places = [i + index * height for i, row in enumerate(rows) if key in row]
+        axes.barh(places, [row[key] / 1e3 for row in rows if key in row], height, label=label)
+    for i, row in enumerate(rows):
+        least = row["bytes"] / row["ceiling_gbps"] / 1e6
+        axes.plot([least, least], [i - height, i + 0.8], color="black", label=None if i else "its bytes, copied")
+    axes.set_yticks(
+        range(len(rows)), [row["name"].removeprefix(f"{name}[").removesuffix("]") for row in rows], fontsize=7
+    )
+    axes.set(xscale="log", xlabel="ms", title=f"{name}: {rows[0]['device']}")
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="JSON files of pytest-benchmark")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON files of pytest-benchmark; with --peers results.csv")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.csv, results.md and roofline.png")
     parser.add_argument("--command", default="pytest benchmarks --benchmark-only", help="named in the Markdown file")
+    parser.add_argument("--peers", metavar="NAME", help="draw this benchmark and its peers from a results.csv, no more")
     options = parser.parse_args(arguments)
+    if options.peers:
+        options.out.mkdir(parents=True, exist_ok=True)
+        draw_peers(
+            [row for path in options.files for row in read_csv(path)],
+            options.peers,
+            options.out / f"{options.peers}.png",
+        )
+        return 0
     rows = read(options.files)
     if not rows:
         print(f"report: no benchmark in {', '.join(map(str, options.files))}", file=sys.stderr)

@@ -26,8 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = ROOT / "tests" / "compile" / "budgets.toml"
-ARCHITECTURES = ("sm_80", "sm_90")
-MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync)")
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync|v_mfma)")
 NVCC_TARGETS = {"sm_80": "arch=compute_80,code=sm_80", "sm_90": "arch=compute_90a,code=sm_90a"}
 
 
@@ -135,12 +135,20 @@ def compile_case(case: Any, arch: str) -> Result:
     }
     source = ASTSource(fn=case.kernel, signature=types, constexprs=dict(case.constexprs), attrs=aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        ((_, _, registers, stack, _),) = resource_usage(cubin)
-    found = sorted(set(MATRIX_INSTRUCTION.findall(compiled.asm["ptx"])))
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    if amd:
+        registers, stack = (
+            int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1])  # type: ignore[index]
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            ((_, _, registers, stack, _),) = resource_usage(cubin)
+    found = sorted(set(MATRIX_INSTRUCTION.findall(compiled.asm["amdgcn" if amd else "ptx"])))
     return Result(case.name, arch, registers, stack, compiled.metadata.shared, "+".join(found), case.tensor_cores)
 
 
@@ -196,6 +204,7 @@ def check_triton(modules: dict[str, ModuleType], archs: list[str], cache: Path) 
 
 def check_cuda(archs: list[str], cache: Path) -> tuple[list[Result], str]:
     """Registers and spills of the CUDA C++ kernels, the most over a kernel's template instances, and their origin."""
+    archs = [arch for arch in archs if arch in NVCC_TARGETS]
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     built = [path for path in sorted((ROOT / "lrc_kernels").glob("_C*.so")) if b"sm_90a" in path.read_bytes()]
     if nvcc is None and not built:
@@ -269,7 +278,7 @@ def compare(results: list[Result], budgets: dict[str, Any]) -> list[str]:
                 f"{where}: {result.shared} bytes of shared memory, device limit {shared_limits[result.arch]}"
             )
         if result.needs_instruction and not result.instruction:
-            failures.append(f"{where}: no tensor-core instruction (wgmma or mma.sync) in its PTX")
+            failures.append(f"{where}: no tensor-core instruction (wgmma, mma.sync or v_mfma) in its code")
     return failures
 
 
@@ -283,7 +292,7 @@ def write_budgets(path: Path, results: list[Result], budgets: dict[str, Any], co
     """Limits of an eighth above what was measured: Triton versions differ by that much."""
     registers = {} if complete else dict(budgets.get("registers", {}))
     for result in results:
-        limit = min(255, -(-result.registers * 9 // 8 // 8) * 8)
+        limit = min(512 if result.arch.startswith("gfx") else 255, -(-result.registers * 9 // 8 // 8) * 8)
         registers[result.name] = {**registers.get(result.name, {}), result.arch: limit}
     lines = [
         "# SPDX-License-Identifier: Apache-2.0",
@@ -318,8 +327,8 @@ def main() -> int:
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("compile_check: triton is not installed (pip install lrc-kernels[triton])")
     archs = options.arch.split(",")
-    if unknown := sorted(set(archs) - set(NVCC_TARGETS)):
-        raise SystemExit(f"compile_check: --arch must be of {', '.join(NVCC_TARGETS)}, got {', '.join(unknown)}")
+    if unknown := sorted(set(archs) - set(ARCHITECTURES)):
+        raise SystemExit(f"compile_check: --arch must be of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
     options.cache.mkdir(parents=True, exist_ok=True)
     modules = load_modules(options.files)
     results, failures = check_triton(modules, archs, options.cache)

@@ -95,3 +95,68 @@ def _merge_once(x: Tensor, rows: Tensor, size: Tensor) -> Tensor:
     offsets = torch.zeros(size.shape[0], dtype=torch.long)
     offsets[1:] = size.flatten().long().cumsum(0)[:-1]
     return torch.nn.functional.embedding_bag(order, x, offsets, mode="mean")
+
+
+def published_step(
+    x: Tensor, metric: Tensor, in_b: Tensor, r: int, *, class_token: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One iteration of the public loops: r tokens outside `in_b` [N] join their best partner inside; unmerged tokens by
+    descending similarity, then set B. The class token is never merged away. (y [B, N - r, D], size [B, N - r])
+    """
+    a, b = (~in_b).nonzero()[:, 0], in_b.nonzero()[:, 0]
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    scores = unit[:, a] @ unit[:, b].mT
+    if class_token:
+        scores[:, 0] = -torch.inf
+    best, partner = scores.max(-1)
+    order = best.argsort(dim=-1, descending=True)[..., None]
+    unmerged, source = order[:, r:], order[:, :r]
+    destination = partner[..., None].gather(1, source)
+
+    def merge(rows: Tensor) -> Tensor:
+        even, odd, width = rows[:, a], rows[:, b], rows.shape[-1]
+        kept = even.gather(1, unmerged.expand(-1, -1, width))
+        moved = even.gather(1, source.expand(-1, -1, width))
+        return torch.cat([kept, odd.scatter_add(1, destination.expand(-1, -1, width), moved)], dim=1)
+
+    size = merge(torch.ones_like(x[..., :1]))
+    return merge(x) / size, size[..., 0]
+
+
+def torch_best_step(
+    x: Tensor, metric: Tensor, in_b: Tensor, r: int, *, class_token: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same decisions on fp32 scores, and x merged in one pass with fp32 sums."""
+    batch, tokens, width = x.shape
+    a, b = (~in_b).nonzero()[:, 0], in_b.nonzero()[:, 0]
+    unit = torch.nn.functional.normalize(metric.float(), dim=-1)
+    scores = unit[:, a] @ unit[:, b].mT
+    if class_token:
+        scores[:, 0] = -torch.inf
+    best, partner = scores.max(-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    unmerged, source = order[:, r:], order[:, :r]
+    first_b = unmerged.shape[1]
+    row_a = torch.empty_like(order)
+    row_a.scatter_(1, unmerged, torch.arange(first_b, device=x.device).expand_as(unmerged))
+    row_a.scatter_(1, source, partner.gather(1, source) + first_b)
+    rows = torch.empty(batch, tokens, dtype=torch.long, device=x.device)
+    rows[:, a], rows[:, b] = row_a, torch.arange(b.shape[0], device=x.device) + first_b
+    left = tokens - r
+    rows += torch.arange(batch, device=x.device)[:, None] * left
+    ones = torch.ones(batch * tokens, 1, device=x.device)
+    size = torch.zeros(batch * left, 1, device=x.device).index_add_(0, rows.flatten(), ones)
+    y = _merge_once(x.reshape(-1, width), rows.flatten(), size).view(batch, left, width)
+    return y.to(x.dtype), size.view(batch, left)
+
+
+def tomesd_step(x: Tensor, side: int, r: int) -> tuple[Tensor, Tensor]:
+    """The public package on a square image, its destinations the first token of each 2 x 2 window (no_rand).
+
+    Raises:
+        ImportError: tomesd is not installed.
+    """
+    from tomesd.merge import bipartite_soft_matching_random2d
+
+    merge, _ = bipartite_soft_matching_random2d(x, side, side, 2, 2, r, no_rand=True)
+    return merge(x), merge(torch.ones_like(x[..., :1]), mode="sum")[..., 0]

@@ -56,7 +56,7 @@ def _fake_plan(metric: Tensor, cu_in: Tensor, cu_out: Tensor, r: Tensor, size: A
 
 
 def _fake_merge(x: Tensor, assign: Tensor, size: Tensor, weight: Any, cu_in: Tensor, cu_out: Tensor, num_out: int,
-                max_seqlen: int, reduce: str, binary_weight: bool, layout: list[int]) -> Tensor:  # fmt: skip
+                max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int]) -> Tensor:  # fmt: skip
     return x.new_empty(num_out, _token_shape(x, layout)[1])
 
 
@@ -84,7 +84,7 @@ plan_op = Op(
 )
 merge_op = Op(
     "tome_merge_fwd(Tensor x, Tensor assign, Tensor size, Tensor? weight, Tensor cu_seqlens_in, Tensor cu_seqlens_out, "
-    "SymInt num_out, SymInt max_seqlen, str reduce, bool binary_weight, int[] layout) -> Tensor",
+    "SymInt num_out, SymInt max_seqlen_out, str reduce, bool binary_weight, int[] layout) -> Tensor",
     _fake_merge,
 )
 gather_op = Op(
@@ -110,6 +110,11 @@ def _triton(name: str) -> Any:
     return launch
 
 
+def _rows_per_clip(num_out: int, r: Tensor) -> int:
+    """Rows that each clip keeps, of clips that all have one budget r [I, B]."""
+    return num_out // max(1, r.shape[1])
+
+
 def _compress_in_steps(backend: str) -> Any:
     """The head mean, the plan and the merge of a backend that has no kernel for the whole."""
 
@@ -119,7 +124,7 @@ def _compress_in_steps(backend: str) -> Any:
         metric = head_mean(x, num_heads, layout)
         options = (num_out, max_seqlen, None, precision, "reference", "isolate", 1)
         assign, size, weight, anchor, _ = plan(metric, cu_in, cu_out, r, None, None, None, *options)
-        y = merge(x, assign, size, weight, cu_in, cu_out, num_out, max_seqlen, "mean", True, layout)
+        y = merge(x, assign, size, weight, cu_in, cu_out, num_out, _rows_per_clip(num_out, r), "mean", True, layout)
         return y, assign, size, weight, anchor
 
     return run
@@ -134,7 +139,7 @@ for _op, _name in (
     (compress_op, "compress"),
 ):
     _op.implement("reference", getattr(reference, _name, None) or _compress_in_steps("reference"))
-    if _op not in (max_backward_op, compress_op):
+    if _op is not compress_op:
         _op.implement("triton", _triton(f"launch_{_name}"), supports=_triton(f"supports_{_name}"))
     for _backend in ("cpu", "cuda"):
         if hasattr(native, f"{_backend}_{_name}"):
@@ -168,11 +173,13 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, assign: Tensor, size: Tensor, weight: Tensor | None, cu_in: Tensor, cu_out: Tensor,
-                max_seqlen: int, reduce: str, binary_weight: bool, layout: list[int]) -> Tensor:  # fmt: skip
-        y = merge_op(x, assign, size, weight, cu_in, cu_out, size.shape[0], max_seqlen, reduce, binary_weight, layout)
+                max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int]) -> Tensor:  # fmt: skip
+        y = merge_op(
+            x, assign, size, weight, cu_in, cu_out, size.shape[0], max_seqlen_out, reduce, binary_weight, layout
+        )
         kept = (x, y) if reduce == "max" else (None, None)
         ctx.save_for_backward(assign, size, weight, cu_in, cu_out, *kept)
-        ctx.options = (max_seqlen, reduce, binary_weight, layout)
+        ctx.options = (max_seqlen_out, reduce, binary_weight, layout)
         ctx.x_shape = x.shape
         return y
 
@@ -199,7 +206,7 @@ class _Compress(torch.autograd.Function):
         assign, size, weight, _ = plan
         ctx.mark_non_differentiable(*plan)
         ctx.save_for_backward(assign, size, weight, cu_in, cu_out)
-        ctx.options = (max_seqlen, "mean", True, layout)
+        ctx.options = (_rows_per_clip(num_out, r), "mean", True, layout)
         ctx.x_shape = x.shape
         return y, *plan
 
@@ -215,10 +222,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, cu_in: Tensor,
-                cu_out: Tensor, out_size: Tensor, max_seqlen: int, reduce: str, binary_weight: bool,
+                cu_out: Tensor, out_size: Tensor, max_seqlen_out: int, reduce: str, binary_weight: bool,
                 layout: list[int]) -> Tensor:  # fmt: skip
         ctx.save_for_backward(assign, weight, cu_in, cu_out, out_size)
-        ctx.options = (max_seqlen, reduce, binary_weight, layout)
+        ctx.options = (max_seqlen_out, reduce, binary_weight, layout)
         return gather_op(y.contiguous(), assign, size, weight, layout)
 
     @staticmethod
@@ -334,7 +341,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, *, layout: TokenLayout | None = Non
         plan.weight,
         plan.layout_in.cu_seqlens,
         plan.layout_out.cu_seqlens,
-        plan.layout_in.max_seqlen,
+        plan.layout_out.max_seqlen,
         reduce,
         plan.binary_weight,
         ints,
@@ -369,7 +376,7 @@ def unmerge_tokens(y: Tensor, plan: MergePlan) -> Tensor:
         plan.layout_in.cu_seqlens,
         plan.layout_out.cu_seqlens,
         plan.size,
-        plan.layout_in.max_seqlen,
+        plan.layout_out.max_seqlen,
         "sum",
         plan.binary_weight,
         [],
@@ -464,6 +471,8 @@ def _plan(
         check_destination(destination, protected, budget)
     if threshold is not None and not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold must be a float, got {type(threshold).__name__}")
+    if threshold is not None and threshold != threshold:
+        raise ValueError("threshold must be a number, got nan")
     layout_out = budget.layout_out if threshold is None else budget.layout_in
     assign, size_out, weight, anchor, valid = plan_op(
         payload.contiguous(),

@@ -168,15 +168,17 @@ def merge_budget(
 def uniform_budget(
     num_segments: int, length: int, schedule: Sequence[int], device: torch.device, num_protected: int = 0
 ) -> MergeBudget:
-    """The budget of equal segments that follow one schedule; builds no host list, so a compiled graph may call it.
+    """The budget of equal segments that follow one schedule; neither builds a host list nor copies from the host, so
+    that a compiled graph and a CUDA graph may call it.
 
     The schedule is taken as it is: whoever knows where the protected tokens or the destinations lie can merge more than
     `mergeable_tokens`, which has to hold wherever they lie.
     """
     layout_in = VarlenLayout.uniform(num_segments, length, device)
     layout_out = VarlenLayout.uniform(num_segments, length - sum(schedule), device)
-    column = torch.tensor(list(schedule), dtype=torch.int32, device=device)
-    r = column.unsqueeze(1).expand(len(schedule), num_segments).contiguous()
+    r = torch.empty(len(schedule), num_segments, dtype=torch.int32, device=device)
+    for row, merged in enumerate(schedule):
+        r[row].fill_(merged)
     return MergeBudget(layout_in, layout_out, r, num_protected)
 
 

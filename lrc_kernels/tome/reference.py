@@ -123,7 +123,7 @@ def plan_segment(
         score, partner, spoiled = best_partners(metric, a, b, protected[b], precision, zero_policy)
         ranked = score.argsort(descending=True, stable=True)
         ranked = ranked[protected[a][ranked].int().argsort(stable=True)]
-        merged = ranked[:r] if threshold is None else ranked[:r][score[ranked[:r]] >= threshold]
+        merged = ranked[:r] if threshold is None else ranked[:r][~(score[ranked[:r]] < threshold)]
         unmerged = ranked[merged.numel() :]
 
         new_row = torch.empty(n, dtype=torch.long, device=payload.device)
@@ -190,7 +190,7 @@ def merge(
     cu_seqlens_in: Tensor,
     cu_seqlens_out: Tensor,
     num_out: int,
-    max_seqlen: int,
+    max_seqlen_out: int,
     reduce: str,
     binary_weight: bool,
     layout: list[int],

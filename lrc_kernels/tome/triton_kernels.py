@@ -1,48 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ToMe in Triton: head mean, merge and gather kernels, and the launches of all four ops as `reference.py` defines them.
+"""ToMe in Triton: head mean, merge and gather kernels, and the launches of all ops as `reference.py` defines them.
 
-Token t of x lies at base(t) + offset(channel), so plain rows, packed rows and the ViT layout (pixel shuffle, skipped
-prefix) are read and written in place by the same kernels.
+The same kernels read and write plain rows, packed rows and the ViT layout in place (`triton_address.py`).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrc_kernels.tome import triton_plan
-from lrc_kernels.tome.triton_plan import MATRIX_WARPS, plan_blocks, split_bf16
+from lrc_kernels.tome.triton_address import address_of, channel_offset, token_base
+from lrc_kernels.tome.triton_groups import first_tokens, group_tokens, launch_groups
+from lrc_kernels.tome.triton_plan import MATRIX_STAGES, MATRIX_WARPS
+from lrc_kernels.tome.triton_schedule import launch_plan, supports_plan
+from lrc_kernels.tome.triton_step import split_bf16
+
+__all__ = ["launch_plan", "supports_plan"]
 
 # Past these values fp32 does not survive the split into bf16 parts.
 LARGEST = tl.constexpr(3.38e38)
 NEGATIVE = tl.constexpr(4096.0)
 NAN = tl.constexpr(1073741824.0)
 
-
-@triton.jit
-def _token_base(o_t, tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE: tl.constexpr):
-    """Offset of the first channel of each token."""
-    frame = o_t // tokens_per_frame
-    row = o_t - frame * tokens_per_frame
-    if SHUFFLE > 1:
-        i = row // (grid_w // SHUFFLE)
-        row = i * SHUFFLE * grid_w + (row - i * (grid_w // SHUFFLE)) * SHUFFLE
-    return frame.to(tl.int64) * stride_frame + (prefix + row).to(tl.int64) * stride_row
-
-
-@triton.jit
-def _channel_offset(o_c, grid_w, stride_row, stride_c, D: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Offset of token channels from the token's base: the patches of the shuffle square one after the other."""
-    offset = o_c.to(tl.int64) * stride_c
-    if SHUFFLE > 1:
-        patch = o_c // D
-        row = patch // SHUFFLE * grid_w + patch % SHUFFLE
-        offset = (o_c % D).to(tl.int64) * stride_c + row.to(tl.int64) * stride_row
-    return offset
+# Rows of a segment up to which a one-hot product, 2 * N * N_out * D FLOPs, hides behind the one read of x.
+ONE_HOT_ROWS = 256
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -56,13 +39,13 @@ def tome_head_mean_fwd_kernel(
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_t = o_t < num_tokens
     m_tk = m_t[:, None] & (o_k < K)[None, :]
-    base = _token_base(o_t, tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE)
+    base = token_base(o_t, tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE)
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     for first in range(0, NUM_HEADS, UNROLL):
         # Loads of several heads in flight hide the latency of memory.
         for i in tl.static_range(UNROLL):
             head = first + i
-            offset = _channel_offset(head * K + o_k, grid_w, stride_row, stride_c, D, SHUFFLE)
+            offset = channel_offset(head * K + o_k, grid_w, stride_row, stride_c, D, SHUFFLE)
             b_x = tl.load(x_ptr + base[:, None] + offset[None, :], mask=m_tk & (head < NUM_HEADS), other=0.0)
             acc += b_x.to(tl.float32)
     out_ptr = metric_ptr + o_t.to(tl.int64)[:, None] * K + o_k[None, :]
@@ -74,7 +57,7 @@ def _merge_rows(
     x_ptr, assign_ptr, weight_ptr, offset, m_c, start, end, first_row,
     tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-    BINARY: tl.constexpr, SKIP: tl.constexpr, PASS: tl.constexpr,
+    BINARY: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """One-hot [BLOCK_R, tokens] x tokens [.., BLOCK_C] in fp32, over the tokens of a segment in ascending order.
 
@@ -92,46 +75,43 @@ def _merge_rows(
             weight = tl.load(weight_ptr + o_t, mask=m_t, other=0.0)
             row = tl.where(weight == 0.0, -1, row)
         hit = row[None, :] == o_r[:, None]
-        needed = True
-        if SKIP:
-            needed = tl.max(tl.max(hit.to(tl.int32), 1), 0) > 0
-        if needed:
-            base = _token_base(o_t, tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE)
-            b_x = tl.load(x_ptr + base[:, None] + offset[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0)
-            if direct and PASS == "sum":
-                acc = tl.dot(hit.to(tl.float32).to(b_x.dtype), b_x, acc)
+        base = token_base(o_t, tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE)
+        b_x = tl.load(x_ptr + base[:, None] + offset[None, :], mask=m_t[:, None] & m_c[None, :], other=0.0)
+        if direct and PASS == "sum":
+            acc = tl.dot(hit.to(tl.float32).to(b_x.dtype), b_x, acc)
+        else:
+            value = b_x.to(tl.float32)
+            if weight_ptr is not None and not BINARY:
+                value = tl.where((weight == 0.0)[:, None], 0.0, value * weight[:, None])
+            b_hit = hit.to(tl.float32).to(tl.bfloat16)
+            if PASS == "poison":
+                code = tl.where(value > LARGEST, 1.0, tl.where(value < -LARGEST, NEGATIVE, 0.0))
+                code = tl.where(value != value, NAN, code)
+                acc = tl.dot(b_hit, code.to(tl.bfloat16), acc)
             else:
-                value = b_x.to(tl.float32)
-                if weight_ptr is not None and not BINARY:
-                    value = tl.where((weight == 0.0)[:, None], 0.0, value * weight[:, None])
-                b_hit = hit.to(tl.float32).to(tl.bfloat16)
-                if PASS == "poison":
-                    code = tl.where(value > LARGEST, 1.0, tl.where(value < -LARGEST, NEGATIVE, 0.0))
-                    code = tl.where(value != value, NAN, code)
-                    acc = tl.dot(b_hit, code.to(tl.bfloat16), acc)
+                if PASS == "finite":
+                    value = tl.where(tl.abs(value) <= LARGEST, value, 0.0)
+                if direct:
+                    acc = tl.dot(hit.to(tl.float32).to(b_x.dtype), value.to(b_x.dtype), acc)
                 else:
-                    if PASS == "finite":
-                        value = tl.where(tl.abs(value) <= LARGEST, value, 0.0)
-                    if direct:
-                        acc = tl.dot(hit.to(tl.float32).to(b_x.dtype), value.to(b_x.dtype), acc)
-                    else:
-                        high, middle, low = split_bf16(value)
-                        acc = tl.dot(b_hit, low, acc)
-                        acc = tl.dot(b_hit, middle, acc)
-                        acc = tl.dot(b_hit, high, acc)
+                    high, middle, low = split_bf16(value)
+                    acc = tl.dot(b_hit, low, acc)
+                    acc = tl.dot(b_hit, middle, acc)
+                    acc = tl.dot(b_hit, high, acc)
     return acc
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_columns"])
+@triton.jit(do_not_specialize=["num_splits", "num_columns", "most_rows"])
 def tome_merge_fwd_kernel(
     x_ptr, assign_ptr, weight_ptr, size_ptr, y_ptr, cu_in_ptr, cu_out_ptr,
-    tokens_per_frame, grid_w, prefix, stride_frame, stride_row, stride_c, num_columns, num_splits,
+    tokens_per_frame, grid_w, prefix, stride_frame, stride_row, stride_c, num_columns, num_splits, most_rows,
     D: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-    BINARY: tl.constexpr, MEAN: tl.constexpr, SKIP: tl.constexpr,
+    BINARY: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments * blocks of channels * splits). y [num_out, D_token]; a program owns every num_splits-th block of
-    rows. In a one-hot product 0 * NaN would reach every row of its column: a block that comes out non-finite is summed
-    again from the finite values, in the same order, and rows that really hold NaN or infinity are put back.
+    """Grid (segments * blocks of channels * splits). y [num_out, D_token] of segments with up to `most_rows` rows; a
+    program owns every num_splits-th block of rows. In a one-hot product 0 * NaN would reach every row of its column: a
+    block that comes out non-finite is summed again from the finite values, in the same order, and rows that really
+    hold NaN or infinity are put back.
     """
     width: tl.constexpr = D * SHUFFLE * SHUFFLE
     i_split = tl.program_id(0) % num_splits
@@ -141,19 +121,22 @@ def tome_merge_fwd_kernel(
     end = tl.load(cu_in_ptr + i_segment + 1)
     o_c = i_column * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < width
-    offset = _channel_offset(o_c, grid_w, stride_row, stride_c, D, SHUFFLE)
+    offset = channel_offset(o_c, grid_w, stride_row, stride_c, D, SHUFFLE)
+    first_row = tl.load(cu_out_ptr + i_segment)
     last = tl.load(cu_out_ptr + i_segment + 1)
-    for first in range(tl.load(cu_out_ptr + i_segment) + i_split * BLOCK_R, last, num_splits * BLOCK_R):
+    if last - first_row > most_rows:
+        return
+    for first in range(first_row + i_split * BLOCK_R, last, num_splits * BLOCK_R):
         acc = _merge_rows(
             x_ptr, assign_ptr, weight_ptr, offset, m_c, start, end, first, tokens_per_frame, grid_w, prefix,
-            stride_frame, stride_row, SHUFFLE, BLOCK_R, BLOCK_T, BLOCK_C, BINARY, SKIP, "sum",
+            stride_frame, stride_row, SHUFFLE, BLOCK_R, BLOCK_T, BLOCK_C, BINARY, "sum",
         )  # fmt: skip
         non_finite = tl.where(tl.abs(acc) < float("inf"), 0, 1)
         poisoned = tl.max(tl.max(non_finite, 1), 0) > 0
         if poisoned:
             acc = _merge_rows(
                 x_ptr, assign_ptr, weight_ptr, offset, m_c, start, end, first, tokens_per_frame, grid_w, prefix,
-                stride_frame, stride_row, SHUFFLE, BLOCK_R, BLOCK_T, BLOCK_C, BINARY, SKIP, "finite",
+                stride_frame, stride_row, SHUFFLE, BLOCK_R, BLOCK_T, BLOCK_C, BINARY, "finite",
             )  # fmt: skip
         o_r = first + tl.arange(0, BLOCK_R)
         m_rc = (o_r < last)[:, None] & m_c[None, :]
@@ -165,7 +148,7 @@ def tome_merge_fwd_kernel(
         if poisoned:
             code = _merge_rows(
                 x_ptr, assign_ptr, weight_ptr, offset, m_c, start, end, first, tokens_per_frame, grid_w, prefix,
-                stride_frame, stride_row, SHUFFLE, BLOCK_R, BLOCK_T, BLOCK_C, BINARY, SKIP, "poison",
+                stride_frame, stride_row, SHUFFLE, BLOCK_R, BLOCK_T, BLOCK_C, BINARY, "poison",
             )  # fmt: skip
             negative = code >= NEGATIVE
             positive = code - tl.floor(code / NEGATIVE) * NEGATIVE > 0
@@ -178,11 +161,13 @@ def tome_merge_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_columns"])
 def tome_gather_fwd_kernel(
-    y_ptr, assign_ptr, size_ptr, weight_ptr, x_ptr, num_tokens, num_columns, stride_y_row, stride_y_c,
+    y_ptr, assign_ptr, size_ptr, weight_ptr, first_ptr, x_ptr, num_tokens, num_columns, stride_y_row, stride_y_c,
     tokens_per_frame, grid_w, prefix, stride_frame, stride_row,
     D: tl.constexpr, SHUFFLE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of tokens * blocks of channels). x[t] = y[assign[t]] * weight[t] / size[assign[t]]."""
+    """Grid (blocks of tokens * blocks of channels). x[t] = y[assign[t]] * weight[t] / size[assign[t]], and with
+    first_ptr [num_out, D_token] only where it names the token t.
+    """
     i_token = tl.program_id(0) // num_columns
     i_column = tl.program_id(0) % num_columns
     o_t = i_token * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -199,38 +184,12 @@ def tome_gather_fwd_kernel(
     in_ptr = y_ptr + row[:, None] * stride_y_row + o_c.to(tl.int64)[None, :] * stride_y_c
     value = tl.load(in_ptr, mask=m_tc, other=0.0).to(tl.float32)
     value = tl.where((scale == 0.0)[:, None], 0.0, value * scale[:, None])
-    base = _token_base(o_t, tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE)
-    offset = _channel_offset(o_c, grid_w, stride_row, 1, D, SHUFFLE)
+    if first_ptr is not None:
+        first = tl.load(first_ptr + row[:, None] * (D * SHUFFLE * SHUFFLE) + o_c[None, :], mask=m_tc, other=-1)
+        value = tl.where(first == o_t[:, None], value, 0.0)
+    base = token_base(o_t, tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE)
+    offset = channel_offset(o_c, grid_w, stride_row, 1, D, SHUFFLE)
     tl.store(x_ptr + base[:, None] + offset[None, :], value.to(x_ptr.dtype.element_ty), mask=m_tc)
-
-
-class _Address(NamedTuple):
-    """Where the tokens of x lie: what the kernels take, in their order, and the shape of the tokens."""
-
-    tokens_per_frame: int
-    grid_w: int
-    prefix: int
-    stride_frame: int
-    stride_row: int
-    stride_c: int
-    channels: int
-    shuffle: int
-    num_tokens: int
-
-    @property
-    def width(self) -> int:
-        return self.channels * self.shuffle**2
-
-
-def _address(x: Tensor, layout: list[int]) -> _Address:
-    if layout:
-        _, h, w, s, prefix = layout
-        per_frame = h * w // s**2
-        frame, row, channel = x.stride()
-        return _Address(per_frame, w, prefix, frame, row, channel, x.shape[-1], s, x.shape[0] * per_frame)
-    frame, row, channel = x.stride() if x.dim() == 3 else (0, *x.stride())
-    per_frame = x.shape[-2]
-    return _Address(max(1, per_frame), 1, 0, frame, row, channel, x.shape[-1], 1, x.shape[:-1].numel())
 
 
 def _check_dtype(name: str, x: Tensor) -> str | None:
@@ -246,7 +205,7 @@ def supports_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> str | No
 
 def launch_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
     """`reference.head_mean` with a Triton kernel: x is read once, in place."""
-    at = _address(x, layout)
+    at = address_of(x, layout)
     K = at.width // num_heads
     metric = torch.empty(at.num_tokens, K, dtype=torch.float32, device=x.device)
     if metric.numel() == 0:
@@ -268,11 +227,9 @@ def head_mean_blocks(K: int, num_heads: int) -> tuple[int, int, int]:
 
 def supports_merge(
     x: Tensor, assign: Tensor, size: Tensor, weight: Tensor | None, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor,
-    num_out: int, max_seqlen: int, reduce: str, binary_weight: bool, layout: list[int],
+    num_out: int, max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int],
 ) -> str | None:  # fmt: skip
     """Why the Triton merge declines a call of `reference.merge`, or None."""
-    if reduce == "max":
-        return "reduce='max' is no matrix product, it takes 'mean' and 'sum'"
     return _check_dtype("x", x)
 
 
@@ -285,29 +242,35 @@ def merge_blocks(num_out: int, num_segments: int, direct: bool) -> tuple[int, in
 
 def launch_merge(
     x: Tensor, assign: Tensor, size: Tensor, weight: Tensor | None, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor,
-    num_out: int, max_seqlen: int, reduce: str, binary_weight: bool, layout: list[int],
+    num_out: int, max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int],
 ) -> Tensor:  # fmt: skip
-    """`reference.merge` for "mean" and "sum" as a one-hot matrix product in fp32; x is read in place.
+    """`reference.merge`; x is read in place. Segments of up to ONE_HOT_ROWS rows are one-hot matrix products in fp32,
+    those with more, and "max", go group by group.
 
     16-bit x with weights of 0 and 1 is multiplied as it is; otherwise weight * x is split into three bf16 parts.
     """
-    at, num_segments = _address(x, layout), cu_seqlens_in.shape[0] - 1
+    at, num_segments = address_of(x, layout), cu_seqlens_in.shape[0] - 1
     y = torch.empty(num_out, at.width, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    direct = binary_weight and x.dtype != torch.float32
-    block_r, block_t, block_c = merge_blocks(num_out, num_segments, direct)
-    num_columns = triton.cdiv(at.width, block_c)
-    longest = triton.cdiv(min(max_seqlen, num_out), block_r)
-    num_splits = min(longest, max(1, 512 // (num_segments * num_columns)))
-    # Where a segment has many blocks of rows, a token tile hits few of them.
-    skip = longest >= 32
+    assign, size = assign.contiguous(), size.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    most_rows = 0 if reduce == "max" else ONE_HOT_ROWS
     with torch.cuda.device_of(x):
+        if min(max_seqlen_out, num_out) > most_rows:
+            groups = group_tokens(assign, num_out)
+            launch_groups(x, at, groups, size, weight, cu_seqlens_out, max_seqlen_out, most_rows, reduce, y)
+        if most_rows == 0 or (num_segments == 1 and num_out > most_rows):
+            return y
+        direct = binary_weight and x.dtype != torch.float32
+        block_r, block_t, block_c = merge_blocks(num_out, num_segments, direct)
+        num_columns = triton.cdiv(at.width, block_c)
+        longest = triton.cdiv(min(max_seqlen_out, num_out, most_rows), block_r)
+        num_splits = min(longest, max(1, 512 // (num_segments * num_columns)))
         tome_merge_fwd_kernel[(num_segments * num_columns * num_splits,)](
-            x, assign.contiguous(), None if weight is None else weight.contiguous(), size.contiguous(), y,
-            cu_seqlens_in, cu_seqlens_out, *at[:6], num_columns, num_splits, at.channels, at.shuffle,
-            block_r, block_t, block_c, binary_weight, reduce == "mean", skip,
-            num_warps=MATRIX_WARPS, num_stages=3,
+            x, assign, weight, size, y, cu_seqlens_in, cu_seqlens_out, *at[:6], num_columns, num_splits, most_rows,
+            at.channels, at.shuffle, block_r, block_t, block_c, binary_weight, reduce == "mean",
+            num_warps=MATRIX_WARPS, num_stages=MATRIX_STAGES,
         )  # fmt: skip
     return y
 
@@ -321,6 +284,12 @@ def supports_gather(
 
 def launch_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
     """`reference.gather` with a Triton kernel: rows go straight to their place in the ViT layout."""
+    return _gather(y, assign, size, weight, None, layout)
+
+
+def _gather(
+    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, first: Tensor | None, layout: list[int]
+) -> Tensor:
     num_tokens, width = assign.shape[0], y.shape[1]
     if layout:
         clip_frames, h, w, s, prefix = layout
@@ -331,161 +300,31 @@ def launch_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor
         x = torch.empty(num_tokens, width, dtype=y.dtype, device=y.device)
     if num_tokens == 0 or width == 0:
         return x
-    at = _address(x, layout)
+    at = address_of(x, layout)
     block_c = min(1024, triton.next_power_of_2(width))
     block_t = 2048 // block_c
     num_columns = triton.cdiv(width, block_c)
     with torch.cuda.device_of(y):
         tome_gather_fwd_kernel[(triton.cdiv(num_tokens, block_t) * num_columns,)](
             y, assign.contiguous(), None if size is None else size.contiguous(),
-            None if weight is None else weight.contiguous(), x, num_tokens, num_columns, *y.stride(), *at[:5],
+            None if weight is None else weight.contiguous(), first, x, num_tokens, num_columns, *y.stride(), *at[:5],
             at.channels, at.shuffle, block_t, block_c, num_warps=4,
         )  # fmt: skip
     return x
 
 
-def supports_plan(
-    metric: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, r: Tensor, size: Tensor | None,
-    protected: Tensor | None, destination: Tensor | None, num_out: int, max_seqlen: int, threshold: float | None,
-    precision: str, order: str, zero_policy: str, num_heads: int,
-) -> str | None:  # fmt: skip
-    """Why the Triton plan declines a call of `reference.plan`, or None."""
-    if metric.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"metric is {metric.dtype}, it takes float32, bfloat16 and float16"
-    if precision == "eager_bf16" or num_heads != 1:
-        return f"precision={precision!r} with num_heads={num_heads} runs on the features themselves"
-    if zero_policy != "isolate":
-        return f"zero_policy={zero_policy!r}, it takes only 'isolate'"
-    if destination is not None and r.shape[0] > 1:
-        return f"destination fixes set B of one iteration, got {r.shape[0]}"
-    return None
+def supports_max_backward(
+    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
+) -> str | None:
+    """Why the Triton backward of the "max" merge declines a call of `reference.max_backward`, or None."""
+    return _check_dtype("x", x)
 
 
-def _destination_order(destination: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """(segment-local token at each set position int32 [T], tokens of set A per segment int32 [S])."""
-    total, num_segments = destination.shape[0], cu_seqlens.shape[0] - 1
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    segment = torch.repeat_interleave(torch.arange(num_segments, device=destination.device), lengths, output_size=total)
-    order = torch.argsort(2 * segment + destination.long(), stable=True) - starts[segment]
-    before = torch.nn.functional.pad((~destination).long().cumsum(0), (1, 0))
-    sources = before[cu_seqlens[1:].long()] - before[starts]
-    return order.int(), sources.int()
-
-
-class _Buffers(NamedTuple):
-    """What the launches of one plan share."""
-
-    cu_seqlens: Tensor
-    r: Tensor
-    counts: Tensor
-    order: Tensor | None
-    sources: Tensor | None
-    new_row: Tensor
-    unit: Tensor | None
-    state: Tensor
-    score: Tensor
-    partner: Tensor
-
-
-class _Tokens(NamedTuple):
-    """The tokens before an iteration; None where size 1, the token's own index, no flag is meant.
-
-    `payload` is the metric, and has no rows after the last iteration, where nothing reads it.
-    """
-
-    payload: Tensor
-    size: Tensor | None
-    anchor: Tensor | None
-    protected: Tensor | None
-
-
-def _iterate(
-    i: int, tokens: _Tokens, at: _Buffers, max_seqlen: int, longest_set: int, threshold: float | None, bf16: bool
-) -> _Tokens:
-    """Launches iteration i; the tokens after it."""
-    (num_iterations, num_segments), total = at.r.shape, at.state.shape[0]
-    payload, size, anchor, protected = tokens
-    width = payload.shape[1]
-    blocks = plan_blocks(width)
-
-    def programs(length: int, block: int) -> int:
-        return num_segments * triton.cdiv(length, block)
-
-    def common(length: int, block: int) -> tuple[int, int, int, int]:
-        return total, num_segments, triton.cdiv(length, block), i
-
-    triton_plan.tome_plan_fwd_prepare_kernel[(programs(max_seqlen, blocks.tokens),)](
-        payload, at.unit, at.state, protected, at.order, at.sources, at.cu_seqlens, at.counts,
-        *common(max_seqlen, blocks.tokens), width, blocks.tokens, blocks.k, blocks.padded_k, bf16, num_warps=4,
-    )  # fmt: skip
-    triton_plan.tome_plan_fwd_match_kernel[(programs(longest_set, blocks.match_a),)](
-        at.unit, at.state, at.score, at.partner, at.order, at.sources, at.r, at.cu_seqlens, at.counts,
-        *common(longest_set, blocks.match_a), blocks.match_a, blocks.match_b, blocks.k, blocks.padded_k, bf16,
-        num_warps=MATRIX_WARPS, num_stages=3,
-    )  # fmt: skip
-    triton_plan.tome_plan_fwd_rank_kernel[(programs(longest_set, blocks.tokens),)](
-        at.score, at.partner, at.state, at.new_row, at.order, at.sources, at.r, at.cu_seqlens, at.counts,
-        0.0 if threshold is None else float(threshold), *common(longest_set, blocks.tokens),
-        blocks.tokens, threshold is not None, num_warps=4,
-    )  # fmt: skip
-    last = i == num_iterations - 1
-    after = _Tokens(
-        payload=torch.empty(0 if last else total, width, dtype=torch.float32, device=payload.device),
-        size=torch.empty(total, dtype=torch.float32, device=payload.device),
-        anchor=torch.empty(total, dtype=torch.int32, device=payload.device),
-        protected=None if protected is None else torch.empty_like(protected),
-    )
-    columns = 1 if last else triton.cdiv(width, blocks.step_k)
-    triton_plan.tome_plan_fwd_step_kernel[(programs(longest_set, blocks.step_b), columns)](
-        payload, size, anchor, protected, at.new_row, None if last else after.payload, *after[1:],
-        at.order, at.sources, at.r, at.cu_seqlens, at.counts, *common(longest_set, blocks.step_b), width,
-        blocks.step_b, blocks.step_a, blocks.step_k, num_warps=MATRIX_WARPS, num_stages=3,
-    )  # fmt: skip
-    return after
-
-
-def launch_plan(
-    metric: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, r: Tensor, size: Tensor | None,
-    protected: Tensor | None, destination: Tensor | None, num_out: int, max_seqlen: int, threshold: float | None,
-    precision: str, order: str, zero_policy: str, num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`reference.plan` with Triton kernels: same arguments, same result. Four launches per iteration and two more."""
-    (total, width), num_segments, num_iterations = metric.shape, cu_seqlens_in.shape[0] - 1, r.shape[0]
-
-    def empty(shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=metric.device)
-
-    assign, weight = empty(total, torch.int32), empty(total, torch.float32)
-    size_out, anchor_out = empty(num_out, torch.float32), empty(num_out, torch.int32)
-    valid = empty(num_out, torch.bool)
-    if total == 0:
-        return assign, size_out, weight, anchor_out, valid
-    blocks, bf16 = plan_blocks(width), precision == "bf16"
-    count = empty((num_iterations + 1, num_segments), torch.int32)
-    count[0] = cu_seqlens_in.diff()
-    unit_shape, unit_dtype = (1 if bf16 else 2, total, blocks.padded_k), torch.bfloat16 if bf16 else torch.float16
-    order_in, sources = (None, None) if destination is None else _destination_order(destination, cu_seqlens_in)
-    at = _Buffers(
-        cu_seqlens=cu_seqlens_in, r=r.contiguous(), counts=count, order=order_in, sources=sources,
-        new_row=empty((num_iterations, total), torch.int32),
-        unit=empty(unit_shape, unit_dtype) if num_iterations else None,
-        state=empty(total, torch.int8), score=empty(total, torch.float32), partner=empty(total, torch.int32),
-    )  # fmt: skip
-    size = None if size is None else size.float().contiguous()
-    shield = None if protected is None else protected.contiguous().view(torch.int8)
-    tokens = _Tokens(metric.contiguous(), size, None, shield)
-    longest_set = (max_seqlen + 1) // 2 if destination is None else max_seqlen
-    final_row, num_blocks = empty(total, torch.int32), triton.cdiv(max_seqlen, blocks.tokens)
-    with torch.cuda.device_of(metric):
-        for i in range(num_iterations):
-            tokens = _iterate(i, tokens, at, max_seqlen, longest_set, threshold, bf16)
-        triton_plan.tome_plan_fwd_rows_kernel[(num_segments * num_blocks,)](
-            tokens.size, tokens.anchor, size_out, anchor_out, valid.view(torch.int8), final_row, cu_seqlens_in,
-            cu_seqlens_out, count, num_segments, num_blocks, num_iterations, blocks.tokens, order == "position",
-            num_warps=4,
-        )  # fmt: skip
-        triton_plan.tome_plan_fwd_assign_kernel[(num_segments * num_blocks,)](
-            at.new_row, final_row, size, assign, weight, cu_seqlens_in, total, num_blocks, num_iterations,
-            blocks.tokens, num_warps=4,
-        )  # fmt: skip
-    return assign, size_out, weight, anchor_out, valid
+def launch_max_backward(
+    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
+) -> Tensor:
+    """`reference.max_backward`: the first token of each output element, then a gather of what names it."""
+    assign = assign.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    first = first_tokens(x, address_of(x, layout), group_tokens(assign, y.shape[0]), y.contiguous(), weight)
+    return _gather(grad, assign, None, None, first, layout)

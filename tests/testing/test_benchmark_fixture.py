@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import report
+
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (pip install lrc-kernels[test])")
 ROOT = Path(__file__).parents[2]
 
@@ -82,3 +84,12 @@ def test_correctness_comes_first_and_the_report_follows(tmp_path):
     (row,) = csv.DictReader((out / "results.csv").open())
     assert row["name"] == "right" and float(row["peer_eager_us"]) > 0 and row["dtype"] == "fp32"
     assert (out / "roofline.png").exists() or "matplotlib is not installed" in run.stdout
+
+
+def test_peers_are_drawn_from_the_committed_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install lrc-kernels[bench])")
+    results = str(ROOT / "benchmarks" / "results" / "cpu" / "results.csv")
+    report.main([results, "--peers", "compress_clips", "--out", str(tmp_path)])
+    assert (tmp_path / "compress_clips.png").stat().st_size < 150_000
+    with pytest.raises(ValueError, match="must be that of a benchmark in the results, got 'compress'"):
+        report.main([results, "--peers", "compress", "--out", str(tmp_path)])

@@ -28,3 +28,18 @@ def cpu_backend():
 def isa(request):
     native.C.set_cpu_isa(request.param)
     return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch, device):
+    """Tiles of 16 in the interpreter, so that every loop runs three times or more; the shipped ones on a GPU."""
+    if device.type == "cuda":
+        return
+    from lrc_kernels.tome import triton_groups, triton_kernels, triton_schedule
+
+    shipped = triton_schedule.plan_blocks
+    small = dict.fromkeys(("match_a", "match_b", "tokens", "step_b", "step_a"), 16)
+    monkeypatch.setattr(triton_schedule, "plan_blocks", lambda width: shipped(width)._replace(**small))
+    monkeypatch.setattr(triton_kernels, "merge_blocks", lambda num_out, num_segments, direct: (16, 16, 16))
+    monkeypatch.setattr(triton_groups, "group_blocks", lambda width, mode: (4, 16, 2))
+    monkeypatch.setattr(triton_groups, "PIECE", 5)

@@ -286,3 +286,12 @@ def test_eager_bf16_decides_on_the_rounded_features(random):
         size = size.new_zeros(r, 1).index_add(0, new, size)
         payload, assign = total / size, new[assign]
     assert plan.assign[:32].tolist() == assign.tolist()
+
+
+def test_a_nan_similarity_is_below_no_threshold():
+    """It merges first, as it does without one; what is below the threshold stays."""
+    metric = torch.tensor([[1.0, 0.0], [1.0, 0.0], [torch.nan, 0.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 0.1]])[None]
+    plan = plan_merge(metric, r=3, threshold=0.9, zero_policy="reference")
+    assert plan.assign.tolist() == [1, 1, 1, 2, 0, 3] and plan.size.tolist() == [1, 3, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match="threshold must be a number, got nan"):
+        plan_merge(metric, r=3, threshold=float("nan"))

@@ -1,64 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of ToMe against the fp64 reference: in the interpreter with small tiles, on a GPU as shipped."""
+"""ToMe's plan in Triton against the fp64 reference: in the interpreter with small tiles, on a GPU as shipped."""
 
 import pytest
 import torch
 
 from lrc_kernels import VarlenLayout
-from lrc_kernels.backend import record, use_backend
-from lrc_kernels.testing import assert_close, make_input
-from lrc_kernels.tome import (
-    TokenLayout,
-    compress_clips,
-    merge_budget,
-    merge_tokens,
-    plan_merge,
-    reference,
-    unmerge_tokens,
-)
-from lrc_kernels.tome.op import gather_op, head_mean_op, merge_op
+from lrc_kernels.backend import use_backend
+from lrc_kernels.testing import make_input
+from lrc_kernels.tome import merge_budget, merge_tokens, plan_merge, reference
+from lrc_kernels.tome.op import head_mean_op
+from tests.tome.triton_checks import assert_same_plan, on_reference, on_triton
 
 # numpy warns in the interpreter where NaN and 0/0 are computed and then masked.
-pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")]
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.usefixtures("small_tiles"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-VIT = [2, 4, 6, 2, 1]
 MARGIN = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch, device):
-    """Tiles of 16 in the interpreter, so that every loop runs three times or more; the shipped ones on a GPU."""
-    if device.type == "cuda":
-        return
-    from lrc_kernels.tome import triton_kernels
-
-    shipped = triton_kernels.plan_blocks
-    small = dict.fromkeys(("match_a", "match_b", "tokens", "step_b", "step_a"), 16)
-    monkeypatch.setattr(triton_kernels, "plan_blocks", lambda width: shipped(width)._replace(**small))
-    monkeypatch.setattr(triton_kernels, "merge_blocks", lambda num_out, num_segments, direct: (16, 16, 16))
-
-
-def on_triton(function, *args, **options):
-    """Run on the Triton backend, and see that nothing else ran."""
-    with use_backend("triton"), record() as ran:
-        result = function(*args, **options)
-    assert ran and {backend for _, backend in ran} == {"triton"}
-    return result
-
-
-def on_reference(function, *args, **options):
-    with use_backend("reference"):
-        return function(*args, **options)
-
-
-def assert_same_plan(plan, wanted):
-    assert torch.equal(plan.assign, wanted.assign)
-    assert torch.equal(plan.anchor, wanted.anchor)
-    torch.testing.assert_close(plan.size, wanted.size, rtol=1e-6, atol=0)
-    assert torch.equal(plan.weight, wanted.weight)
-    assert (plan.valid is None) == (wanted.valid is None)
-    assert plan.valid is None or torch.equal(plan.valid, wanted.valid)
 
 
 def smallest_margin(metric, schedule, size=None, protected=None):
@@ -177,6 +139,15 @@ def test_ties_go_to_the_lowest_index(device, precision, r):
     assert_same_plan(on_triton(plan_merge, metric, r=r, precision=precision), wanted)
 
 
+def test_one_channel_and_two_tokens(device):
+    """K = 1: every similarity is 1 or -1, all of them tie."""
+    layout = VarlenLayout([37, 2, 1], device)
+    metric = make_input("gaussian", (40, 1), device=device, seed=14)
+    budget = merge_budget(layout, r=[18])
+    wanted = on_reference(plan_merge, metric.double(), budget)
+    assert_same_plan(on_triton(plan_merge, metric, budget), wanted)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_equal_tokens(device, precision):
     metric = exact_tokens(70, device, kinds=1)[None]
@@ -228,6 +199,39 @@ def test_threshold_keeps_dissimilar_tokens(device):
     assert torch.equal(everything.size, torch.ones(81, device=device))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("budget_of", "options"),
+    [({"r": [20, 9]}, {}), ({"target": [10, 8]}, {"order": "position"}), ({"r": [16]}, {"threshold": 0.3})],
+)
+def test_nan_goes_through_as_in_the_public_loop(device, precision, budget_of, options):
+    """A zero token in B captures its segment, a NaN token in A merges first and spoils the row that it joins."""
+    layout = VarlenLayout([40, 33], device)
+    metric = exact_tokens(73, device, kinds=5)
+    metric[7], metric[50, 3], metric[44] = 0.0, torch.nan, torch.inf
+    protected = torch.zeros(73, dtype=torch.bool, device=device)
+    protected[[1, 41]] = True
+    budget = merge_budget(layout, num_protected=1, **budget_of)
+    options = {**options, "protected": protected, "precision": precision, "zero_policy": "reference"}
+    wanted = on_reference(plan_merge, metric.double(), budget, **options)
+    plan = on_triton(plan_merge, metric, budget, **options)
+    assert int(wanted.size.max()) > 15
+    assert torch.equal(plan.assign, wanted.assign) and torch.equal(plan.anchor, wanted.anchor)
+    assert torch.equal(plan.size, wanted.size)
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.9}])
+def test_sorted_ranks_equal_counted_ones(device, monkeypatch, options):
+    layout = VarlenLayout([45, 0, 1, 60], device)
+    metric = exact_tokens(106, device, kinds=9)
+    protected = torch.zeros(106, dtype=torch.bool, device=device)
+    protected[[2, 50, 60]] = True
+    budget = merge_budget(layout, r=[12, 7], num_protected=2)
+    counted = on_triton(plan_merge, metric, budget, protected=protected, **options)
+    monkeypatch.setattr("lrc_kernels.tome.triton_schedule.RANKS_COUNTED", 0)
+    assert_same_plan(on_triton(plan_merge, metric, budget, protected=protected, **options), counted)
+
+
 def test_destination_chooses_set_b(device):
     layout = VarlenLayout([60, 0, 20], device)
     metric = make_input("gaussian", (80, 24), device=device, seed=9)
@@ -251,7 +255,9 @@ def test_a_broken_token_touches_nothing_else(device):
     assert torch.equal(plans[0].assign[40:], whole.assign[40:])
 
 
-def test_a_clip_alone_equals_the_clip_in_a_batch(device):
+def test_a_clip_alone_equals_the_clip_in_a_batch(device, monkeypatch):
+    """Two of the clips are merged as one-hot products, the third, which keeps 7 rows, group by group."""
+    monkeypatch.setattr("lrc_kernels.tome.triton_kernels.ONE_HOT_ROWS", 6)
     lengths = [41, 60, 12]
     layout = VarlenLayout(lengths, device)
     x = make_input("video_like", (sum(lengths), 40), device=device, dtype=torch.bfloat16, seed=11)
@@ -272,137 +278,11 @@ def test_a_clip_alone_equals_the_clip_in_a_batch(device):
         start, first = start + n, first + kept
 
 
-def feature_cases(dtype, device):
-    """(x, num_heads, layout): dense, strided, packed, one head per channel, and the ViT layout in two memory orders."""
-
-    def make(*shape):
-        return make_input("gaussian", shape, dtype=dtype, device=device, seed=len(shape))
-
-    yield "dense", make(2, 47, 50), 2, []
-    yield "strided", make(2, 60, 37)[:, ::2, 3:], 1, []
-    yield "packed", make(75, 36), 36, []
-    yield "vit", make(4, 25, 12), 6, VIT
-    yield "vit transposed", make(4, 24, 25).transpose(1, 2), 24, VIT
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_head_mean(device, dtype):
-    for name, x, num_heads, layout in feature_cases(dtype, device):
-        metric = on_triton(head_mean_op, x, num_heads, layout)
-        wanted = reference.head_mean(x.double(), num_heads, layout)
-        assert_close(metric, wanted, reference.head_mean(x, num_heads, layout), name=name)
-
-
-def random_assignment(num_tokens, device):
-    """Three segments, the second empty; some rows without tokens, many tokens with weight 0."""
-    random = torch.Generator().manual_seed(num_tokens)
-    half = num_tokens // 2 + 1
-    layout_in, layout_out = VarlenLayout([half, 0, num_tokens - half], device), VarlenLayout([37, 0, 5], device)
-    assign = torch.cat(
-        [torch.randint(0, 37, (half,), generator=random), torch.randint(37, 42, (num_tokens - half,), generator=random)]
-    )
-    alive = (torch.rand(num_tokens, generator=random) > 0.3).float()
-    weight = alive * (torch.rand(num_tokens, generator=random) + 0.5)
-    return layout_in, layout_out, assign.int().to(device), alive.to(device), weight.to(device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("kind", "reduce"), [("ones", "sum"), ("binary", "mean"), ("weighted", "mean"), ("weighted", "sum")]
+    ("dtype", "options", "reason"),
+    [(torch.float32, {"precision": "eager_bf16"}, "features"), (torch.float64, {}, "float64")],
 )
-def test_merge_and_gather(device, dtype, kind, reduce):
-    for name, x, _, layout in feature_cases(dtype, device):
-        num_tokens = reference.tokens_of(x, layout).flatten(0, -2).shape[0]
-        layout_in, layout_out, assign, alive, weight = random_assignment(num_tokens, device)
-        weight = {"ones": None, "binary": alive, "weighted": weight}[kind]
-        ones = torch.ones(num_tokens, device=device)
-        size = torch.zeros(42, device=device).index_add(0, assign.long(), ones if weight is None else weight)
-        cu = (layout_in.cu_seqlens, layout_out.cu_seqlens, 42, layout_in.max_seqlen)
-        args = (assign, size, weight, *cu, reduce, kind != "weighted", layout)
-        y = on_triton(merge_op, x, *args)
-        assert_close(y, reference.merge(x.double(), *args), reference.merge(x, *args), name=f"merge {name}")
-        assert bool((y[size == 0] == 0).all())
-        args = (assign, size if reduce == "mean" else None, weight, layout)
-        rows = on_triton(gather_op, y, *args)
-        assert_close(rows, reference.gather(y.double(), *args), reference.gather(y, *args), name=f"gather {name}")
-
-
-@pytest.mark.parametrize(("dtype", "binary"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)])
-@pytest.mark.parametrize("values", [(torch.nan,), (-torch.inf,), (torch.inf, -torch.inf), (torch.inf, torch.inf)])
-def test_non_finite_features_stay_in_their_row(device, dtype, binary, values):
-    x = make_input("gaussian", (90, 24), dtype=dtype, device=device, seed=12)
-    layout_in, layout_out, assign, alive, weight = random_assignment(90, device)
-    weight = alive if binary else weight
-    assign[20:22], weight[20:22] = 3, 1.0
-    weight[30] = 0
-    size = torch.zeros(42, device=device).index_add(0, assign.long(), weight)
-    cu = (layout_in.cu_seqlens, layout_out.cu_seqlens, 42, layout_in.max_seqlen)
-    args = (assign, size, weight, *cu, "mean", binary, [])
-    clean = on_triton(merge_op, x, *args)
-    for i, value in enumerate(values):
-        x[20 + i, 7] = value
-    x[30, 8] = torch.nan
-    y = on_triton(merge_op, x, *args)
-    wanted = reference.merge(x.double(), *args)
-    torch.testing.assert_close(y[3, 7].double(), wanted[3, 7], rtol=0, atol=0, equal_nan=True)
-    y[3, 7] = clean[3, 7]
-    assert torch.equal(y, clean)
-    rows = on_triton(gather_op, x, torch.arange(90, device=device, dtype=torch.int32), None, weight, [])
-    assert bool(rows[30].eq(0).all()) and int((~rows.isfinite()).sum()) == len(values)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compress_and_its_gradient(device, dtype):
-    layout = TokenLayout(clip_frames=2, grid=(8, 12), shuffle=2, prefix=1)
-    x = make_input("gaussian", (4, 97, 16), dtype=dtype, device=device, seed=13)
-    results = {}
-    for backend in ("triton", "reference"):
-        leaf = x.clone().requires_grad_()
-        with use_backend(backend), record() as ran:
-            y, plan = compress_clips(leaf, 7, 4, layout=layout, return_plan=True)
-            y.float().square().sum().backward()
-            back = unmerge_tokens(y, plan)
-        assert {name for _, name in ran} == {backend} and len(ran) == 5
-        results[backend] = (plan, y.detach(), leaf.grad, back.detach())
-    (plan, y, grad, back), (plan_, y_, grad_, back_) = results["triton"], results["reference"]
-    assert_same_plan(plan, plan_)
-    exact = on_reference(merge_tokens, x.double(), plan_, layout=layout)
-    assert_close(y, exact, y_)
-    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-6}
-    torch.testing.assert_close(grad, grad_, **tolerance)
-    torch.testing.assert_close(back, back_, **tolerance)
-    assert bool((grad[:, 0] == 0).all())
-
-
-def test_empty_inputs(device):
-    none = VarlenLayout([], device)
-    empty = torch.zeros(0, 8, device=device)
-    for layout in (none, VarlenLayout([0, 0], device)):
-        plan = on_triton(plan_merge, empty, merge_budget(layout, r=[1]))
-        assert plan.assign.shape == plan.size.shape == (0,)
-        assert on_triton(merge_tokens, empty, plan).shape == (0, 8)
-        assert on_triton(unmerge_tokens, empty, plan).shape == (0, 8)
-    assert on_triton(head_mean_op, torch.zeros(2, 0, 8, device=device), 2, []).shape == (0, 4)
-    one = on_triton(plan_merge, torch.ones(3, 1, 8, device=device), target=1)
-    assert one.assign.tolist() == [0, 1, 2] and one.size.tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [({"zero_policy": "reference"}, "zero_policy"), ({"precision": "eager_bf16"}, "features")],
-)
-def test_what_the_plan_declines(device, options, reason):
-    metric = make_input("gaussian", (1, 8, 4), device=device)
+def test_what_the_plan_declines(device, dtype, options, reason):
+    metric = make_input("gaussian", (1, 8, 4), device=device, dtype=dtype)
     with use_backend("triton"), pytest.raises(RuntimeError, match=reason):
         plan_merge(metric, r=2, **options)
-
-
-def test_what_the_others_decline(device):
-    x = make_input("gaussian", (1, 8, 4), device=device)
-    plan = on_triton(plan_merge, x, r=2)
-    with use_backend("triton"):
-        with pytest.raises(RuntimeError, match="max"):
-            merge_tokens(x, plan, reduce="max")
-        for call in (lambda: head_mean_op(x.double(), 2, []), lambda: merge_tokens(x.double(), plan)):
-            with pytest.raises(RuntimeError, match="float64"):
-                call()
