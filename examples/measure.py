@@ -64,6 +64,11 @@ def compress(x: Tensor, layout: TokenLayout, target: int = TOKENS_PER_CLIP) -> t
     return result
 
 
+def backend_figures(ran: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """What `backend.record` collected, each (op, backend) once."""
+    return [{"op": op, "backend": name} for op, name in dict.fromkeys(ran)]
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the GPU, so that a clock read here counts its work."""
     if device.type == "cuda":

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from examples import drawing
+from examples import drawing, training_report
+from examples.training import Answered
 
 SHOWN_CLIPS, STRIPS, SIDE, STRIP_SIDE = 3, 12, 336, 84
 NAMES = {
@@ -90,13 +91,14 @@ addEventListener("load", () => {
 """
 
 
-def render(figures: dict[str, Any], frames: np.ndarray, groups: np.ndarray) -> str:
+def render(figures: dict[str, Any], frames: np.ndarray, groups: np.ndarray, answered: list[Answered]) -> str:
     """The page.
 
     Args:
         figures: what report.json holds.
         frames: uint8 [B, F, 3, H, W], the clips that the model saw.
         groups: int64 [B, F, h, w], the row of its clip that each token was merged into.
+        answered: the held-out questions, where a model was trained.
     """
     source = figures["source"]
     body = [
@@ -106,13 +108,15 @@ def render(figures: dict[str, Any], frames: np.ndarray, groups: np.ndarray) -> s
         _histogram(figures),
         _comparison(figures),
         _waterfall(figures),
+        training_report.render(figures["training"], answered) if figures["training"] else "",
         _facts(figures),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>lrc-kernels: {escape(source['name'])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>lrc-kernels: {escape(source['name'])}</title>\n"
+        f"<style>{STYLE}{training_report.STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + f"\n<script>{SELF_CHECK}</script>\n</body>\n</html>\n"
     )

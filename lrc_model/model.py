@@ -152,7 +152,13 @@ class LRCModel(nn.Module):
         return place_visual_tokens(x, visual, clips.tokens, num_visual_tokens=len(batch.visual_index))
 
     def forward(
-        self, batch: PackedBatch, *, return_logits: bool = False, seed: int = 0, recompute: bool = False
+        self,
+        batch: PackedBatch,
+        *,
+        return_logits: bool = False,
+        seed: int = 0,
+        recompute: bool = False,
+        chunk_clips: int = 4,
     ) -> Output:
         """The loss of a pack, computed without the logits of all its rows. Autograd.
 
@@ -161,6 +167,8 @@ class LRCModel(nn.Module):
             return_logits: also compute the logits of all rows that are left; for tests and short packs.
             seed: of random drops; the same seed drops the same tokens of a sample wherever it is packed.
             recompute: keep only the inputs of layers and clips, and compute the rest again in the backward.
+            chunk_clips: clips that pass the vision encoder at a time, see `encode_clips`; more are faster where a clip
+                is small.
 
         Raises:
             TypeError: no PackedBatch. ValueError: frames, visual tokens or lengths that do not fit each other.
@@ -175,7 +183,7 @@ class LRCModel(nn.Module):
             sequence_ids=batch.sample_ids,
         )
         drops = self.drops(batch.layout, batch.num_droppable, rows, seed)
-        hidden, rows = self.language_model(self.embed(batch), rows, drops, recompute=recompute)
+        hidden, rows = self.language_model(self.embed(batch, chunk_clips=chunk_clips), rows, drops, recompute=recompute)
         assert rows.targets is not None and rows.loss_weight is not None
         text_loss = chunked_cross_entropy(
             hidden, self.language_model.lm_head.weight, rows.targets, rows.loss_weight, num_targets=batch.num_targets
