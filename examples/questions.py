@@ -102,7 +102,7 @@ def write_questions(
         The questions in the order of the annotations, fewer of a kind that the shots do not allow: in a video that
         does not move, no quadrant moves most.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     questions = []
     kinds = [kind for kind in KINDS for _ in range(per_kind)]

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,6 @@ class Answered:
         return self.answer == self.question.answer
 
 
-def make_config() -> LRCConfig:
-    """The tiny preset: 56-pixel frames, clips of four frames merged from 16 tokens to 4."""
-    return preset("tiny")
-
-
 def learn(
     train: list[UInt8], held_out: list[UInt8], out: Path, *, steps: int, device: torch.device, seed: int
 ) -> tuple[dict[str, Any], list[Answered]]:
@@ -79,41 +74,27 @@ def learn(
     Returns:
         Figures for the report, and every held-out question.
     """
-    config = make_config()
-    model = initial_model(config, seed, device)
+    model = initial_model(preset("tiny"), seed, device)
     # Multiples of 20, so that every answer of every kind is asked for equally often.
-    per_kind = {"train": min(TRAIN_PER_KIND, 20 * steps), "held_out": min(HELD_OUT_PER_KIND, 20 + steps // 40 * 20)}
+    num_train, num_held_out = min(TRAIN_PER_KIND, 20 * steps), min(HELD_OUT_PER_KIND, 20 + steps // 40 * 20)
     folder = _fresh(out / "questions")
-    sets = {}
-    for name, shots in (("train", train), ("held_out", held_out)):
-        size = config.vision.image_size
-        show = Progress("cut", "clips")
-        questions = write_questions(
-            shots, folder / name, per_kind=per_kind[name], size=size, seed=seed + len(sets), progress=show
-        )
-        index = build_index(
-            folder / name / "data.json",
-            SAMPLING,
-            model.tokenizer,
-            folder / f"{name}.index",
-            tokens_per_frame=config.connector.tokens_per_frame,
-            template=TEMPLATE,
-        )
-        sets[name] = index, questions
-    plan = plan_packs(sets["train"][0], PackConfig(max_tokens=MAX_TOKENS), seed=seed)
-    dataset = PackedDataset(sets["train"][0], plan, image_size=config.vision.image_size)
+    index, learnt = write_and_index(train, folder / "train", model, per_kind=num_train, seed=seed)
+    held_out_index, asked = write_and_index(held_out, folder / "held_out", model, per_kind=num_held_out, seed=seed + 1)
+    plan = plan_packs(index, PackConfig(max_tokens=MAX_TOKENS), seed=seed)
+    dataset = PackedDataset(index, plan, image_size=model.config.vision.image_size)
     with PackedLoader(dataset, device=device) as loader:
         losses, ran = optimise(model, loader, steps, out / "losses.jsonl")
         waited = loader.stats.wait_s
-    answered = ask(model, *sets["held_out"])
+    answered = ask(model, held_out_index, asked)
     figures = {
         "steps": losses,
         "seconds": sum(step["seconds"] for step in losses),
         "waited_for_data_s": waited,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "questions": {name: len(questions) for name, (_, questions) in sets.items()},
-        "packing": packing_figures(sets["train"][0], plan),
+        "questions": {"train": len(learnt), "held_out": len(asked)},
+        "packing": packing_figures(index, plan),
         "accuracy": accuracy(answered),
+        "answers": [{**asdict(one.question), "said": one.answer} for one in answered],
         "backends": backend_figures(ran),
     }
     return figures, answered
@@ -125,6 +106,23 @@ def _fresh(folder: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def write_and_index(
+    shots: list[UInt8], folder: Path, model: LRCModel, *, per_kind: int, seed: int
+) -> tuple[Index, list[Question]]:
+    """Questions about these shots on disk, and their index."""
+    size, show = model.config.vision.image_size, Progress("cut", "clips")
+    questions = write_questions(shots, folder, per_kind=per_kind, size=size, seed=seed, progress=show)
+    index = build_index(
+        folder / "data.json",
+        SAMPLING,
+        model.tokenizer,
+        folder / "index",
+        tokens_per_frame=model.config.connector.tokens_per_frame,
+        template=TEMPLATE,
+    )
+    return index, questions
 
 
 def initial_model(config: LRCConfig, seed: int, device: torch.device) -> LRCModel:
@@ -166,7 +164,8 @@ def optimise(
                 step, start = len(steps_done), time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps)
-                loss = model(batch, chunk_clips=MAX_TOKENS).loss
+                # Clips of 56-pixel frames are small enough to be encoded all at once.
+                loss = model(batch, chunk_clips=len(batch.frames)).loss
                 optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
