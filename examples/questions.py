@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lrc_kernels.packing import DecodedVideo
 
-FPS, SHORTEST, LONGEST, SHOT_SIDE = 15, 6, 45, 112
+FPS, SHORTEST, LONGEST, SHOT_SIDE = 15, 6, 32, 112
 # How much the quadrant that moves most moves more than the next one.
 MARGIN, TRIES = 1.3, 40
 RED, BLUE = (230, 30, 30), (40, 70, 255)
@@ -159,12 +159,12 @@ def insert_digit(shots: list[UInt8], size: int, answer: str, random: np.random.G
 
 
 def frame_two(shots: list[UInt8], size: int, answer: str, random: np.random.Generator) -> UInt8:
-    """One picture of a clip framed in red, another one in blue; each stands still for a quarter of the clip."""
+    """One picture of a clip framed in red, another one in blue; each stands still for a third of the clip."""
     frames = cut(shots, size, random)
-    run = math.ceil(len(frames) / 4)
+    run = math.ceil(len(frames) / 3)
     first = int(random.integers(0, len(frames) - 2 * run + 1))
     second = int(random.integers(first + run, len(frames) - run + 1))
-    border = max(2, size // 10)
+    border = max(2, size // 7)
     for start, colour in zip((first, second), (RED, BLUE) if answer == "red" else (BLUE, RED), strict=True):
         still = frames[start].copy()
         still[:border], still[-border:], still[:, :border], still[:, -border:] = colour, colour, colour, colour

@@ -197,16 +197,22 @@ class _Painter:
 
     def paint(self, frame: av.VideoFrame, out: Tensor) -> None:
         """Write uint8 [3, H, W]."""
-        planar = self._scaler.reformat(
+        # Where nothing is scaled, libswscale's fast path to planes leaves the columns past a multiple of 16 unwritten.
+        packed = self._width % 16 and (frame.height, frame.width) == (self._height, self._width)
+        picture = self._scaler.reformat(
             frame,
             width=self._width,
             height=self._height,
-            format="gbrp",
+            format="rgb24" if packed else "gbrp",
             interpolation="BICUBIC",
             threads=self._threads,
         )
-        for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
-            rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
+        planes = [np.frombuffer(memoryview(p), dtype=np.uint8).reshape(-1, p.line_size) for p in picture.planes]
+        if packed:
+            channels = list(planes[0][:, : 3 * self._width].reshape(-1, self._width, 3).transpose(2, 0, 1))
+        else:
+            channels = [planes[2], planes[0], planes[1]]
+        for channel, rows in enumerate(channels):
             np.copyto(out[channel].numpy(), np.rot90(rows[: self._height, : self._width], self._turns))
 
 

@@ -70,6 +70,16 @@ def test_size_out_and_progress(steady):
     assert out[0, :, :, 15].float().mean() == pytest.approx(STEP, abs=3)
 
 
+@pytest.mark.parametrize("width", [20, 56, 60, 64, 90])
+def test_every_column_of_a_video_in_its_own_size_is_written(tmp_path, width):
+    path = write_video(tmp_path / "narrow.mp4", [100 * i for i in range(21)], size=(50, width))
+    for size in (None, (50, width), (50, 2 * width)):
+        # What nobody writes stays what it was, or whatever lay in memory: not grey level 6 * 20.
+        frames = decode_frames(path, [2.05], size=size).frames
+        right_half = frames[0, :, :, frames.shape[3] // 2 + 4 :].float()
+        assert (right_half - 20 * STEP).abs().max() <= STEP
+
+
 def test_no_times_give_no_frames(steady):
     assert decode_frames(steady, []).frames.shape == (0, 3, *SIZE)
 
