@@ -243,12 +243,12 @@ def load(arguments: argparse.Namespace) -> Loaded:
     try:
         source, path = open_source(arguments.video, arguments.out.parent / "cache")
         timestamps = choose_timestamps(source, arguments.max_frames)
+        shots = _read_shots(source, path) if arguments.steps else None
         start = time.perf_counter()
         video = read_frames(path, timestamps, IMAGE_SIZE)
         seconds = time.perf_counter() - start
         if not video.valid.any():
             raise ValueError(f"{source.name}: none of the {len(timestamps)} sampled frames can be decoded")
-        shots = _read_shots(source, path) if arguments.steps else None
     except (ValueError, OSError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
     return Loaded(source, timestamps, video, seconds, shots)

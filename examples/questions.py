@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lrc_kernels.packing import DecodedVideo
 
+# Frames a second, frames of the shortest and the longest clip, and rows and columns that shots are read with.
 FPS, SHORTEST, LONGEST, SHOT_SIDE = 15, 6, 32, 112
-# How much the quadrant that moves most moves more than the next one.
-MARGIN, TRIES = 1.3, 40
+# The quadrant that moves most moves so many times as much as the next one, and by more grey levels than encoding does.
+MARGIN, LEAST_MOTION, TRIES = 1.3, 1.0, 40
 RED, BLUE = (230, 30, 30), (40, 70, 255)
 
 UInt8 = NDArray[np.uint8]
@@ -187,7 +188,7 @@ def find_motion(shots: list[UInt8], size: int, answer: str, random: np.random.Ge
         frames = cut(shots, size, random)
         moves = motion(frames)
         most, next_most = np.sort(moves)[::-1][:2]
-        if most > MARGIN * next_most and most > 1:
+        if most > max(MARGIN * next_most, LEAST_MOTION):
             flips = wanted ^ int(moves.argmax())
             return frames[:, :: -1 if flips & 2 else 1, :: -1 if flips & 1 else 1].copy()
     return None

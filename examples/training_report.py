@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from examples import drawing
-from examples.questions import KINDS
+from examples.questions import FPS, KINDS, LONGEST
 from examples.training import Answered
 
 SHOWN_PER_KIND, SHOWN_FRAMES, SIDE, MEAN_OVER = 3, 8, 56, 10
@@ -49,9 +49,9 @@ def _head(training: dict[str, Any]) -> str:
     )
     return (
         "<section><h2>A tiny model trained on this video</h2>"
-        f"<p>{questions['train']:,} questions about clips of 0.4 to 1.6 s, cut from the first three quarters of the "
-        f"video and encoded anew, were indexed, packed and learnt by an LRCModel of {training['parameters']:,} "
-        f"parameters: ViT, merging, language model, all trained from random weights. {len(steps)} steps of one pack, "
+        f"<p>{questions['train']:,} questions about clips of up to {LONGEST / FPS:.1f} s, cut from the first three "
+        f"quarters of the video and encoded anew, were indexed, packed and learnt by an LRCModel of "
+        f"{training['parameters']:,} parameters: ViT, merging, language model, all trained from random weights. {len(steps)} steps of one pack, "
         f"{tokens / training['seconds']:,.0f} tokens/s ({training['waited_for_data_s']:.1f} of "
         f"{training['seconds'] + training['waited_for_data_s']:.0f} s spent waiting for decoded clips). Then it was "
         f"asked {questions['held_out']} questions about clips of the last quarter, of which it had seen nothing.</p>"
@@ -61,7 +61,8 @@ def _head(training: dict[str, Any]) -> str:
 
 def _losses(training: dict[str, Any]) -> str:
     losses = np.array([step["loss"] for step in training["steps"]])
-    low = 10.0 ** math.floor(math.log10(losses.min()))
+    marks = [base * 10.0**power for power in range(-9, 9) for base in (1, 2, 5)]
+    low = max([mark for mark in marks if mark <= losses.min()], default=marks[0])
     high = max(losses.max(), 2 * low)
 
     def points(values: np.ndarray, first: int) -> str:
@@ -69,7 +70,7 @@ def _losses(training: dict[str, Any]) -> str:
         y = 100 * (1 - np.log(values / low) / math.log(high / low))
         return " ".join(f"{a:.2f},{b:.2f}" for a, b in zip(x, y, strict=True))
 
-    ticks = [base * 10.0**power for power in range(-6, 3) for base in (1, 2, 5) if low <= base * 10.0**power <= high]
+    ticks = [mark for mark in marks if low <= mark <= high]
     heights = [100 * (1 - math.log(tick / low) / math.log(high / low)) for tick in ticks]
     lines = "".join(f'<line x1="0" x2="100" y1="{y:.2f}" y2="{y:.2f}"/>' for y in heights)
     labels = "".join(
@@ -87,7 +88,7 @@ def _losses(training: dict[str, Any]) -> str:
         f'<div class="plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="loss by step">'
         f'{lines}<polyline points="{points(losses, 0)}"/><polyline class="mean" points="{points(mean, width - 1)}"/>'
         f"</svg>{labels}</div>"
-        f'<p class="note">Cross-entropy per supervised byte of each pack, on a logarithmic scale; bold: geometric mean '
+        f'<p class="note">Cross-entropy per supervised token of each pack, logarithmic scale; bold: geometric mean '
         f"of the last {width} steps. The form of the answers is learnt first; what is left is the choice among them."
         "</p></section>"
     )

@@ -157,6 +157,14 @@ def test_less_than_one_clip_names_seen_and_wanted(
     assert message.endswith(f"max_frames must be at least one clip of 8 frames, got {limits[1]}")
 
 
+def test_video_too_short_to_train_on_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from examples import demo
+
+    assert demo.main(["--video", "synthetic:1.5", "--out", str(tmp_path)]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message == "examples.demo: training needs a video of at least 1.6 s, got 1.5 s: --steps 0 skips it"
+
+
 def test_outlines_separate_groups_and_keep_their_colour() -> None:
     from examples import drawing
 
