@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from examples.measure import backend_figures
+from examples.measure import backend_figures, one_thread
 from examples.progress import Progress
 from examples.questions import KINDS, Question, UInt8, write_questions
 from lrc_kernels import backend
@@ -82,10 +82,11 @@ def learn(
     held_out_index, asked = write_and_index(held_out, folder / "held_out", model, per_kind=num_held_out, seed=seed + 1)
     plan = plan_packs(index, PackConfig(max_tokens=MAX_TOKENS), seed=seed)
     dataset = PackedDataset(index, plan, image_size=model.config.vision.image_size)
-    with PackedLoader(dataset, device=device) as loader:
+    # On matrices as small as these a second thread waits more than it computes, and decoding has use for the core.
+    with one_thread(), PackedLoader(dataset, device=device) as loader:
         losses, ran = optimise(model, loader, steps, out / "losses.jsonl")
         waited = loader.stats.wait_s
-    answered = ask(model, held_out_index, asked)
+        answered = ask(model, held_out_index, asked)
     figures = {
         "steps": losses,
         "seconds": sum(step["seconds"] for step in losses),
