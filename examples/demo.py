@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on a real video: frames by the paper's rule, a small InternViT, every clip compressed by ToMe, a report.
+"""The main job on a real video: frames by the paper's rule, a small InternViT, every clip compressed by ToMe; then a
+tiny model trained on packed questions about the video and asked about clips that it never saw; a report.
 
-`python -m examples.demo [--video PATH|synthetic:SECONDS]` writes OUT/report.html and OUT/report.json.
+`python -m examples.demo [--video PATH|synthetic:SECONDS]` writes OUT/report.html, report.json and losses.jsonl.
 """
 
 from __future__ import annotations
@@ -28,9 +29,20 @@ import torch
 from torch import Tensor
 
 import lrc_kernels
-from examples.measure import CLIP_FRAMES, DTYPES, METHODS, SHUFFLE, TOKENS_PER_CLIP, compare, compress, synchronize
+from examples.measure import (
+    CLIP_FRAMES,
+    DTYPES,
+    METHODS,
+    SHUFFLE,
+    TOKENS_PER_CLIP,
+    backend_figures,
+    compare,
+    compress,
+    synchronize,
+)
+from examples.progress import Progress
 from lrc_kernels import backend, env, native
-from lrc_kernels.packing import TemporalSampling, decode_frames, probe_video
+from lrc_kernels.packing import DecodedVideo, TemporalSampling, decode_frames, probe_video
 from lrc_kernels.tome import MergePlan, TokenLayout
 from lrc_model.vision import VisionConfig, VisionEncoder
 
@@ -58,27 +70,6 @@ class Source:
     fps: float
     num_frames: int
     codec: str
-
-
-class Progress:
-    """Frames done and frames/s on stderr: a bar on a terminal, else a plain line every few seconds."""
-
-    def __init__(self, label: str, every_s: float = 5.0):
-        self.label, self.tty = label, sys.stderr.isatty()
-        self.every_s = 0.1 if self.tty else every_s
-        self.start = self.shown = time.perf_counter()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if now - self.shown < self.every_s and done < total:
-            return
-        self.shown = now
-        rate = done / max(now - self.start, 1e-9)
-        text = f"{self.label:<8} {done:>4}/{total} frames  {rate:7.1f} frames/s"
-        if self.tty:
-            filled = 30 * done // max(total, 1)
-            text = f"\r{text}  [{'#' * filled}{'.' * (30 - filled)}]" + ("\n" if done >= total else "")
-        print(text, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 
 
 def fetch_default_video(cache: Path) -> Path:
@@ -154,11 +145,11 @@ def choose_timestamps(source: Source, max_frames: int | None) -> np.ndarray:
     return np.asarray(sampling.timestamps(source.duration_s, count))
 
 
-def draw_synthetic(timestamps: np.ndarray, progress: Callable[[int, int], None]) -> Tensor:
-    """Discs and boxes that move over a gradient, uint8 [F, 3, 448, 448]; a function of the time alone."""
-    axis = np.arange(IMAGE_SIZE, dtype=np.float32) / IMAGE_SIZE
+def draw_synthetic(timestamps: np.ndarray, size: int, progress: Callable[[int, int], None]) -> Tensor:
+    """Discs and boxes that move over a gradient, uint8 [F, 3, size, size]; a function of the time alone."""
+    axis = np.arange(size, dtype=np.float32) / size
     y, x = axis[:, None], axis[None, :]
-    frames = np.empty((len(timestamps), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    frames = np.empty((len(timestamps), 3, size, size), dtype=np.uint8)
     random = np.random.default_rng(SEED)
     shapes = [(random.uniform(0.05, 0.14), random.uniform(0.1, 0.9, 2), random.uniform(-0.2, 0.2, 2),
                random.integers(40, 256, 3)) for _ in range(9)]  # fmt: skip
@@ -177,18 +168,12 @@ def draw_synthetic(timestamps: np.ndarray, progress: Callable[[int, int], None])
     return torch.from_numpy(frames)
 
 
-def read_frames(source: Source, path: Path | None, timestamps: np.ndarray) -> tuple[Tensor, int]:
-    """(uint8 [F, 3, 448, 448] at `timestamps`, how many of them are black because the file is damaged there).
-
-    Raises:
-        ValueError: not one frame can be decoded.
-    """
+def read_frames(path: Path | None, timestamps: np.ndarray, size: int) -> DecodedVideo:
+    """uint8 [F, 3, size, size] at `timestamps` of the file, or of the synthetic video where there is none."""
     if path is None:
-        return draw_synthetic(timestamps, Progress("draw")), 0
-    decoded = decode_frames(path, timestamps, size=(IMAGE_SIZE, IMAGE_SIZE), progress=Progress("decode"))
-    if not decoded.valid.any():
-        raise ValueError(f"{source.name}: none of the {len(timestamps)} sampled frames can be decoded")
-    return decoded.frames, int((~decoded.valid).sum())
+        frames = draw_synthetic(timestamps, size, Progress("draw"))
+        return DecodedVideo(frames, torch.from_numpy(timestamps), torch.ones(len(timestamps), dtype=torch.bool))
+    return decode_frames(path, timestamps, size=(size, size), progress=Progress("decode"))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -233,22 +218,47 @@ def encode(frames: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Te
     return x, facts
 
 
-def load(arguments: argparse.Namespace) -> tuple[Source, np.ndarray, Tensor, dict[str, float]]:
-    """(what the video is, timestamps, frames uint8 [F, 3, 448, 448], seconds of decoding and frames not decoded).
+@dataclass(frozen=True)
+class Loaded:
+    """What was read of the video: `video` at `timestamps` for the report, in `seconds`; `shots` to train on and shots
+    that are held out, None without training."""
+
+    source: Source
+    timestamps: np.ndarray
+    video: DecodedVideo
+    seconds: float
+    shots: tuple[list[np.ndarray], list[np.ndarray]] | None
+
+
+def load(arguments: argparse.Namespace) -> Loaded:
+    """Read the video.
 
     Raises:
-        InputError: the video cannot be used or holds less than one clip, or the report could not be drawn.
+        InputError: the video cannot be used or is too short, or the report could not be drawn.
     """
-    if importlib.util.find_spec("PIL") is None:
-        raise InputError('the report needs pillow: pip install "lrc-kernels[video]"')
+    needed = {"PIL": "the report needs pillow"} | ({"av": "training needs PyAV"} if arguments.steps else {})
+    for module, reason in needed.items():
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f'{reason}: pip install "lrc-kernels[video]"')
     try:
         source, path = open_source(arguments.video, arguments.out.parent / "cache")
         timestamps = choose_timestamps(source, arguments.max_frames)
+        shots = _read_shots(source, path) if arguments.steps else None
         start = time.perf_counter()
-        frames, damaged = read_frames(source, path, timestamps)
+        video = read_frames(path, timestamps, IMAGE_SIZE)
+        seconds = time.perf_counter() - start
+        if not video.valid.any():
+            raise ValueError(f"{source.name}: none of the {len(timestamps)} sampled frames can be decoded")
     except (ValueError, OSError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
-    return source, timestamps, frames, {"seconds": time.perf_counter() - start, "damaged": damaged}
+    return Loaded(source, timestamps, video, seconds, shots)
+
+
+def _read_shots(source: Source, path: Path | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    # Drawing digits needs pillow, whose absence `load` reports in one line.
+    from examples.questions import SHOT_SIDE, read_shots
+
+    return read_shots(source.duration_s, lambda times: read_frames(path, times, SHOT_SIDE))
 
 
 def run(arguments: argparse.Namespace) -> Path:
@@ -260,7 +270,8 @@ def run(arguments: argparse.Namespace) -> Path:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     begin = time.perf_counter()
-    source, timestamps, frames, decoding = load(arguments)
+    loaded = load(arguments)
+    source, frames = loaded.source, loaded.video.frames
 
     start = time.perf_counter()
     x, encoder = encode(frames, device, DTYPES[arguments.dtype])
@@ -271,22 +282,36 @@ def run(arguments: argparse.Namespace) -> Path:
     first_call = _timed_compress(x, layout)[0]
     with backend.record() as ran:
         compress_seconds, plan = _timed_compress(x, layout)
-    stages = [("draw" if source.kind == "synthetic" else "decode", decoding["seconds"]), ("ViT", encode_seconds),
+    stages = [("draw" if source.kind == "synthetic" else "decode", loaded.seconds), ("ViT", encode_seconds),
               ("compress", compress_seconds)]  # fmt: skip
     print(f"compare  {', '.join(METHODS)} on these features", file=sys.stderr)
+    comparison = compare(x, layout, arguments.dtype)
+    del x
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    training, answered = _train(arguments, loaded, device)
     figures = {
         "source": asdict(source),
-        "frames": {**_frame_figures(timestamps, layout), "damaged": int(decoding["damaged"])},
+        "frames": {**_frame_figures(loaded.timestamps, layout), "damaged": int((~loaded.video.valid).sum())},
         "encoder": encoder,
         "stages": _stage_figures(stages, first_call),
         "groups": _group_figures(plan),
-        "comparison": compare(x, layout, arguments.dtype),
-        "backends": [{"op": op, "backend": name} for op, name in dict.fromkeys(ran)],
+        "comparison": comparison,
+        "backends": backend_figures(ran),
+        "training": training,
         "machine": describe_machine(device),
         "run": {"dtype": arguments.dtype, "seed": SEED, "command": arguments.command,
                 "seconds_before_report": time.perf_counter() - begin},
     }  # fmt: skip
-    return write_report(arguments.out, figures, frames, plan, layout)
+    return write_report(arguments.out, figures, frames, plan, layout, answered)
+
+
+def _train(arguments: argparse.Namespace, loaded: Loaded, device: torch.device) -> tuple[dict[str, Any] | None, list]:
+    if loaded.shots is None:
+        return None, []
+    from examples.training import learn
+
+    training, answered = learn(*loaded.shots, arguments.out, steps=arguments.steps, device=device, seed=SEED)
+    return training, answered
 
 
 def _timed_compress(x: Tensor, layout: TokenLayout) -> tuple[float, MergePlan]:
@@ -297,19 +322,20 @@ def _timed_compress(x: Tensor, layout: TokenLayout) -> tuple[float, MergePlan]:
     return time.perf_counter() - start, plan
 
 
-def write_report(out: Path, figures: dict[str, Any], frames: Tensor, plan: MergePlan, layout: TokenLayout) -> Path:
-    """report.json and report.html in `out`; returns the latter."""
+def write_report(
+    out: Path, figures: dict[str, Any], frames: Tensor, plan: MergePlan, layout: TokenLayout, answered: list
+) -> Path:
+    """report.json and report.html in `out`; returns the latter. `answered` are held-out questions."""
     rows, columns = (side // layout.shuffle for side in layout.grid)
     ids = (plan.assign % TOKENS_PER_CLIP).cpu().numpy().astype(np.int64)
     groups = ids.reshape(-1, CLIP_FRAMES, rows, columns)
     pixels = frames.cpu().numpy().reshape(-1, CLIP_FRAMES, *frames.shape[1:])
-    out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     # Drawing needs pillow, whose absence `load` reports in one line.
     from examples import report
 
     page = out / "report.html"
-    page.write_text(report.render(figures, pixels, groups), encoding="utf-8")
+    page.write_text(report.render(figures, pixels, groups, answered), encoding="utf-8")
     return page
 
 
@@ -345,6 +371,10 @@ def _group_figures(plan: MergePlan) -> dict[str, Any]:
     return {"count": len(sizes), "largest": int(sizes.max()), "median": float(np.median(sizes)), "histogram": bins}
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
@@ -361,6 +391,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="bf16", help="of the ViT's output (and of the ViT where the CPU can)"
     )
+    parser.add_argument("--steps", type=_count, default=160, help="training steps (default 160); 0 leaves training out")
     parser.add_argument("--max-frames", type=_positive, help="at most so many frames, rounded down to whole clips")
     parsed = parser.parse_args(arguments)
     parsed.command = shlex.join(["python", "-m", "examples.demo", *arguments])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,22 @@ def compress(x: Tensor, layout: TokenLayout, target: int = TOKENS_PER_CLIP) -> t
     return result
 
 
+def backend_figures(ran: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """What `backend.record` collected, each (op, backend) once."""
+    return [{"op": op, "backend": name} for op, name in dict.fromkeys(ran)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one CPU thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the GPU, so that a clock read here counts its work."""
     if device.type == "cuda":
@@ -117,10 +135,8 @@ def _quality(clips: Tensor, y: Tensor, size: Tensor) -> dict[str, float]:
 
 def time_methods(x: Tensor, grid: tuple[int, int]) -> dict[str, float]:
     """Seconds of each method on x, interleaved, minimum of `REPEATS`, one thread each on CPU."""
-    threads = torch.get_num_threads()
     best = dict.fromkeys(METHODS, float("inf"))
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for _ in range(REPEATS):
             for method in METHODS:
                 synchronize(x.device)
@@ -128,8 +144,6 @@ def time_methods(x: Tensor, grid: tuple[int, int]) -> dict[str, float]:
                 call(method, x, grid)
                 synchronize(x.device)
                 best[method] = min(best[method], time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
     return best
 
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from examples import training_report
+from examples.data_uris import jpeg_uri, png_uri
+from examples.training import Answered
 from lrc_kernels.tome import drawing
 
 SHOWN_CLIPS, STRIPS, SIDE, STRIP_SIDE = 3, 12, 336, 84
@@ -93,13 +93,14 @@ addEventListener("load", () => {
 """
 
 
-def render(figures: dict[str, Any], frames: np.ndarray, groups: np.ndarray) -> str:
+def render(figures: dict[str, Any], frames: np.ndarray, groups: np.ndarray, answered: list[Answered]) -> str:
     """The page.
 
     Args:
         figures: what report.json holds.
         frames: uint8 [B, F, 3, H, W], the clips that the model saw.
         groups: int64 [B, F, h, w], the row of its clip that each token was merged into.
+        answered: the held-out questions, where a model was trained.
     """
     source = figures["source"]
     body = [
@@ -109,13 +110,15 @@ def render(figures: dict[str, Any], frames: np.ndarray, groups: np.ndarray) -> s
         _histogram(figures),
         _comparison(figures),
         _waterfall(figures),
+        training_report.render(figures["training"], answered) if figures["training"] else "",
         _facts(figures),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>lrc-kernels: {escape(source['name'])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>lrc-kernels: {escape(source['name'])}</title>\n"
+        f"<style>{STYLE}{training_report.STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + f"\n<script>{SELF_CHECK}</script>\n</body>\n</html>\n"
     )
@@ -169,9 +172,9 @@ def _clips(figures: dict[str, Any], frames: np.ndarray, groups: np.ndarray) -> s
             drawn = drawing.outlines(ids, style, cell)
             pictures.append(
                 f'<figure class="frame"><img width="{size[1]}" height="{size[0]}" alt="{label}" '
-                f'src="{_jpeg_uri(drawing.photograph(frame, size))}">'
-                f'<img class="over outline" alt="merge groups" src="{_png_uri(drawn)}">'
-                f'<img class="over means" alt="group means" src="{_png_uri(means[index])}">'
+                f'src="{jpeg_uri(drawing.photograph(frame, size))}">'
+                f'<img class="over outline" alt="merge groups" src="{png_uri(drawn)}">'
+                f'<img class="over means" alt="group means" src="{png_uri(means[index])}">'
                 f"<time>{t:.2f} s</time></figure>"
             )
         parts.append(
@@ -225,7 +228,7 @@ def _strip(clip: int, frames: np.ndarray, groups: np.ndarray, num_groups: int, c
     caption = f"Clip {clip + 1}: {first:.2f} to {last:.2f} s"
     return (
         f'<figure class="strip"><img width="{picture.width}" height="{picture.height}" alt="{caption}" '
-        f'src="{_jpeg_uri(picture, 78)}"><figcaption>{caption}</figcaption></figure>'
+        f'src="{jpeg_uri(picture, 78)}"><figcaption>{caption}</figcaption></figure>'
     )
 
 
@@ -341,20 +344,3 @@ def _facts(figures: dict[str, Any]) -> str:
         + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in rows.items())
         + "</dl></section>"
     )
-
-
-def _jpeg_uri(image: Image.Image, quality: int = 82) -> str:
-    """The image as a data: URI in JPEG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _png_uri(pixels: np.ndarray) -> str:
-    """uint8 [H, W, 3 or 4] as a data: URI in PNG, with a palette where there are at most 256 colours."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    if image.mode == "RGBA":
-        image = image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -160,6 +160,7 @@ class LRCModel(nn.Module):
         return_logits: bool = False,
         seed: int = 0,
         recompute: bool = False,
+        chunk_clips: int = 4,
         parallel: SequenceParallel | None = None,
     ) -> Output:
         """The loss of a pack, computed without the logits of all its rows. Autograd.
@@ -169,6 +170,8 @@ class LRCModel(nn.Module):
             return_logits: also compute the logits of all rows that are left; for tests and short packs.
             seed: of random drops; the same seed drops the same tokens of a sample wherever it is packed.
             recompute: keep only the inputs of layers and clips, and compute the rest again in the backward.
+            chunk_clips: clips that pass the vision encoder at a time, see `encode_clips`; more are faster where a clip
+                is small.
             parallel: the pack lies on many ranks, each of which calls this; loss, hidden states and logits are those of
                 the rows of this rank, and gradients have to be summed over ranks. See `SequenceParallel`.
 
@@ -191,7 +194,8 @@ class LRCModel(nn.Module):
             place=place,
         )
         drops = self.drops(whole.layout, whole.num_droppable, rows, seed)
-        hidden, rows = self.language_model(self.embed(batch, place=place), rows, drops, recompute=recompute)
+        x = self.embed(batch, place=place, chunk_clips=chunk_clips)
+        hidden, rows = self.language_model(x, rows, drops, recompute=recompute)
         assert rows.targets is not None and rows.loss_weight is not None
         targets, loss_weight = rows.place.local(rows.targets, IGNORE_INDEX), rows.place.local(rows.loss_weight)
         text_loss = chunked_cross_entropy(

@@ -214,9 +214,6 @@ def _display_size(info: VideoInfo) -> tuple[int, int]:
     return (info.width, info.height) if info.rotation % 180 else (info.height, info.width)
 
 
-_SUBSAMPLED = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p")
-
-
 class _Painter:
     """Frames to RGB, turned counterclockwise by `rotation` degrees. The scaler is set up once for all frames."""
 
@@ -254,7 +251,7 @@ class _Painter:
     def _leaves_columns_out(self, frame: av.VideoFrame) -> bool:
         # FFmpeg 8's own loop from YUV to planes of the same size leaves up to 8 columns of other widths unwritten.
         same_size = (frame.height, frame.width) == (self._height, self._width)
-        return same_size and self._width % 16 > 0 and frame.format.name in _SUBSAMPLED
+        return same_size and self._width % 16 > 0
 
 
 def _as_times(timestamps: Sequence[float] | npt.NDArray[np.float64] | Tensor) -> npt.NDArray[np.float64]:

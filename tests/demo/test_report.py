@@ -36,7 +36,9 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    done = run_demo("--video", "synthetic:4", "--max-frames", "17", "--dtype", "fp32", "--out", str(folder))
+    done = run_demo(
+        "--video", "synthetic:4", "--max-frames", "17", "--dtype", "fp32", "--steps", "6", "--out", str(folder)
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(folder / "report.html")]
     assert "16/16 frames" in done.stderr and "frames/s" in done.stderr
@@ -76,6 +78,35 @@ def test_three_methods_are_measured_and_checked(figures: dict[str, Any]) -> None
     assert sum(stage["share"] for stage in stages["list"]) == pytest.approx(1)
 
 
+def test_losses_are_one_json_object_a_line_and_fall(out: Path, figures: dict[str, Any]) -> None:
+    steps = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    assert steps == figures["training"]["steps"] and [step["step"] for step in steps] == list(range(6))
+    losses = [step["loss"] for step in steps]
+    # Six steps from random weights: 272 tokens guessed evenly cost log(272) = 5.6.
+    assert 5 < losses[0] < 8 and losses[-1] < losses[0] - 1
+    assert all(0 < step["utilisation"] <= 1 and step["grad_norm"] > 0 for step in steps)
+
+
+def test_training_ran_on_the_kernels(figures: dict[str, Any]) -> None:
+    ran = {entry["op"]: entry["backend"] for entry in figures["training"]["backends"]}
+    wanted = {"tome_head_mean_fwd", "tome_plan_fwd", "tome_merge_fwd", "tome_gather_fwd", "attention_fwd",
+              "attention_bwd"}  # fmt: skip
+    assert wanted <= set(ran) and set(ran.values()) <= set(ORDER) - {"reference"}
+
+
+def test_answers_stand_beside_the_truth(out: Path, figures: dict[str, Any]) -> None:
+    training, page = figures["training"], (out / "report.html").read_text()
+    assert training["questions"] == {"train": 3 * 120, "held_out": 3 * 20}
+    assert set(training["accuracy"]) == {"digit", "order", "quadrant"}
+    for entry in training["accuracy"].values():
+        assert entry["questions"] == 20 and entry["accuracy"] == entry["right"] / 20
+    table = re.search(r'<table class="accuracy">(.*?)</table>', page)
+    assert table is not None and table[1].count("<tr>") == 1 + 3
+    assert page.count("truth: ") == 3 * 3 and "All 60 answers" in page
+    packing = training["packing"]
+    assert packing["padded_utilisation"] < packing["utilisation"] <= 1
+
+
 def test_page_needs_no_network(out: Path) -> None:
     page = (out / "report.html").read_text()
     assert (out / "report.html").stat().st_size < 4 << 20
@@ -94,8 +125,8 @@ def test_chromium_shows_every_picture(out: Path, tmp_path: Path) -> None:
     seen = re.search(r'<html[^>]*data-images="(\d+)/(\d+)"', done.stdout)
     assert seen, f"the page did not count its pictures: {done.stderr[-2000:]}"
     shown, pictures = int(seen[1]), int(seen[2])
-    # Two clips of eight frames, each a photograph, its outlines and its mean colours.
-    assert shown == pictures == 2 * 8 * 3
+    # Two clips of eight frames, each a photograph, its outlines and its mean colours; three questions of each kind.
+    assert shown == pictures == 2 * 8 * 3 + 3 * 3
 
 
 def test_missing_video_gets_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -124,6 +155,14 @@ def test_less_than_one_clip_names_seen_and_wanted(
     assert demo.main(["--video", "synthetic:4", *limits, "--out", str(tmp_path)]) == 2
     message = capsys.readouterr().err.strip()
     assert message.endswith(f"max_frames must be at least one clip of 8 frames, got {limits[1]}")
+
+
+def test_video_too_short_to_train_on_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from examples import demo
+
+    assert demo.main(["--video", "synthetic:1.5", "--out", str(tmp_path)]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message == "examples.demo: training needs a video of at least 1.6 s, got 1.5 s: --steps 0 skips it"
 
 
 def test_outlines_separate_groups_and_keep_their_colour() -> None:

@@ -77,6 +77,18 @@ def test_recomputation_changes_no_gradient(dropout):
         assert torch.equal(gradient, gradients[1][name]) and gradient.isfinite().all(), name
 
 
+def test_how_many_clips_are_encoded_at_a_time_changes_nothing():
+    model = make_model(dtype=torch.float64)
+    gradients = []
+    for chunk_clips in (1, 100):
+        model.zero_grad()
+        model(pack(8, 16), chunk_clips=chunk_clips).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-12 * gradients[0].norm()
+    with pytest.raises(ValueError, match="chunk_clips must be >= 1, got 0"):
+        model(pack(8), chunk_clips=0)
+
+
 def test_a_few_steps_learn():
     model = make_model("paper")
     batch = pack(8, 16)
