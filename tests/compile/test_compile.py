@@ -57,7 +57,7 @@ shared.sm_80 = 255
 def check(*args, **env):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, str(TOOL), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
 
 
 @pytest.mark.triton

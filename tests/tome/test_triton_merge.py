@@ -261,7 +261,8 @@ def test_compress_and_its_gradient(device, dtype):
             y, plan = compress_clips(leaf, 7, 4, layout=layout, return_plan=True)
             y.float().square().sum().backward()
             back = unmerge_tokens(y, plan)
-        assert {name for _, name in ran} == {backend} and len(ran) == 5
+        # On a CPU the head mean, the plan and the merge are one op.
+        assert {name for _, name in ran} == {backend} and len(ran) == (3 if x.device.type == "cpu" else 5)
         results[backend] = (plan, y.detach(), leaf.grad, back.detach())
     (plan, y, grad, back), (plan_, y_, grad_, back_) = results["triton"], results["reference"]
     assert_same_plan(plan, plan_)
