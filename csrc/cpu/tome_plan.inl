@@ -272,7 +272,7 @@ void spread_nan(const Workspace& ws, const Sets& sets) {
 
 void match(const Workspace& ws, const Sets& sets, const PlanArgs& args, int threads) {
   const int64_t channels = args.num_channels;
-  if (sets.num_candidates > 0) {
+  if (sets.num_candidates > 0 && sets.num_a > 0) {
     const int64_t share = round_up((sets.num_a + threads - 1) / threads, kTileRows), cached = rows_in_cache(channels);
     const int64_t chunk = share < cached ? share : cached;
     run_tasks(threads, (sets.num_a + chunk - 1) / chunk, [&](int, int64_t task) {

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,8 @@ def apply_tome_to_diffusers(
         ratio: share of the tokens to merge, 0 <= ratio < 1; at most those that are no destinations (3/4 for 2 x 2).
         sx, sy: columns and rows of a window. Rows and columns that fill no window hold sources only.
         max_downsample: blocks at a coarser resolution than latent / max_downsample are left alone. SDXL has none at 1.
-        reuse_steps: denoising steps that a plan serves; 1 matches anew in every step.
+        reuse_steps: denoising steps that a plan serves; 1 matches anew in every step. With more, apply the patch anew
+            for each image: nothing tells the UNet that one begins, and its first steps may take the last one's plan.
         random: False takes the top left token of each window, as does a batch of odd size (a prompt without its pair).
         generator: of the destinations; None = a new one on the CPU with seed 0. Its device may differ from the model's.
 
@@ -135,18 +136,16 @@ def apply_tome_to_diffusers(
     if not blocks:
         raise ValueError(f"the UNet must have a BasicTransformerBlock, got {type(unet).__name__} without one")
     session = Session(ratio, sx, sy, max_downsample, reuse_steps, random, generator)
+    first_arguments = [getattr(block.__dict__.get("forward"), "args", ())[:1] for block in blocks]
+    earlier = [first[0].session for first in first_arguments if first and isinstance(first[0], Slot)]
+    replacements: list[tuple[nn.Module, Any, Slot]] = []
+    for block in blocks:
+        slot = Slot(session)
+        replacements += [(block, merging_block, slot), (cast(nn.Module, block.attn1), merging_attention, slot)]
     patch = Patch(pipe)
-    try:
-        for block in blocks:
-            previous = getattr(block.__dict__.get("forward"), "args", ())
-            if previous and isinstance(previous[0], Slot):
-                previous[0].session.detach()
-            slot = Slot(session)
-            patch.replace_forward(block, merging_block, slot)
-            patch.replace_forward(block.attn1, merging_attention, slot)  # type: ignore[arg-type]
-    except ValueError:
-        patch.undo()
-        raise
+    patch.replace_forwards(replacements)
+    for replaced in earlier:
+        replaced.detach()
     session.attach(unet)
     patch.at_undo(session.detach)
     return patch

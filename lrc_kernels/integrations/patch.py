@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,22 +27,27 @@ class Patch:
         while self._undo:
             self._undo.pop()()
 
-    def replace_forward(self, module: nn.Module, function: Callable[..., Any], *arguments: Any) -> None:
-        """Let module(...) be function(*arguments, module, ...). What an earlier patch with `function` did is replaced.
+    def replace_forwards(self, replacements: Sequence[tuple[nn.Module, Callable[..., Any], Any]]) -> None:
+        """For each (module, function, first): let module(...) be function(first, module, ...).
+
+        What an earlier patch with `function` did is replaced. Where one module is refused, none is touched.
 
         Raises:
-            ValueError: something else has replaced the module's forward already.
+            ValueError: something else has replaced a module's forward already.
         """
-        # In the instance's own dictionary: it survives deepcopy and pickle, and type(module).forward stays what it was.
-        previous = module.__dict__.get("forward")
-        if previous is not None and getattr(previous, "func", None) is not function:
-            raise ValueError(
-                f"{type(module).__name__}.forward must be its own, got one that something else has replaced "
-                "(offloading by accelerate?): apply the patch first"
-            )
-        replacement = functools.partial(function, *arguments, module)
-        module.__dict__["forward"] = replacement
-        self._undo.append(lambda: _restore(module, replacement))
+        for module, function, _ in replacements:
+            previous = module.__dict__.get("forward")
+            if previous is not None and getattr(previous, "func", None) is not function:
+                raise ValueError(
+                    f"{type(module).__name__}.forward must be its own, got one that something else has replaced "
+                    "(offloading by accelerate?): apply the patch first"
+                )
+        for module, function, first in replacements:
+            # In the instance's own dictionary: it survives deepcopy and pickle, and type(module).forward stays as it
+            # was.
+            replacement = functools.partial(function, first, module)
+            module.__dict__["forward"] = replacement
+            self._undo.append(functools.partial(_restore, module, replacement))
 
     def at_undo(self, function: Callable[[], Any]) -> None:
         """Also call `function` when the patch is undone."""

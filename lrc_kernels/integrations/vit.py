@@ -181,14 +181,12 @@ def apply_lrc_to_vit(
         prefix = parts[0].prefix
         num_protected = getattr(owner, prefix) if isinstance(prefix, str) else prefix
     check_int("num_protected", num_protected, minimum=0)
+    merges = [
+        BlockMerge(known, entry, num_protected, proportional, index == len(blocks) - 1)
+        for index, (known, entry) in enumerate(zip(parts, schedule, strict=True))
+    ]
     patch = Patch(model)
-    try:
-        for index, (block, known) in enumerate(zip(blocks, parts, strict=True)):
-            merge = BlockMerge(known, schedule[index], num_protected, proportional, index == len(blocks) - 1)
-            patch.replace_forward(block, merging_block, merge)
-    except ValueError:
-        patch.undo()
-        raise
+    patch.replace_forwards([(block, merging_block, merge) for block, merge in zip(blocks, merges, strict=True)])
     return patch
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrc_kernels.checks import check_device, check_int, check_tensor, values_are_checked
 from lrc_kernels.layout import VarlenLayout
-from lrc_kernels.tome.plan import MergeBudget, TokenLayout, merge_budget, merge_schedule, uniform_budget
+from lrc_kernels.tome.plan import MergeBudget, MergePlan, TokenLayout, merge_budget, merge_schedule, uniform_budget
 
 
 def resolve_budget(
@@ -73,8 +73,24 @@ def check_protected(protected: Tensor, budget: MergeBudget) -> None:
             )
 
 
+def check_plan(plan: MergePlan) -> None:
+    if not isinstance(plan, MergePlan):
+        raise TypeError(f"plan must be a MergePlan, got {type(plan).__name__}")
+
+
+def check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold must be a float, got {type(threshold).__name__}")
+    if threshold is not None and threshold != threshold:
+        raise ValueError("threshold must be a number, got nan")
+
+
 def check_destination(destination: Tensor, protected: Tensor | None, budget: MergeBudget) -> None:
-    """ValueError where set B leaves a segment too few sources, or nothing that may receive them."""
+    """ValueError where set B serves several iterations, or leaves a segment too few sources or no receiver."""
+    if budget.num_iterations > 1:
+        raise ValueError(
+            f"destination fixes set B of one iteration, got a budget of {budget.num_iterations} iterations"
+        )
     if not values_are_checked(destination) or budget.num_iterations == 0:
         return
     movable, open_ = ~destination, destination

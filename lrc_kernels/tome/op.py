@@ -20,7 +20,9 @@ from lrc_kernels.tome.arguments import (
     check_features,
     check_flags,
     check_heads,
+    check_plan,
     check_protected,
+    check_threshold,
     resolve_budget,
 )
 from lrc_kernels.tome.plan import MergeBudget, MergePlan, TokenLayout, merge_schedule, uniform_budget
@@ -328,6 +330,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, *, layout: TokenLayout | None = Non
     """
     check_choice("reduce", reduce, REDUCTIONS)
     ints, batch = check_features(x, layout)
+    check_plan(plan)
     rows = _token_shape(x, ints)[0]
     if rows != plan.assign.shape[0]:
         raise ValueError(f"x must hold the plan's {plan.assign.shape[0]} tokens, got {rows}")
@@ -364,6 +367,7 @@ def unmerge_tokens(y: Tensor, plan: MergePlan) -> Tensor:
         TypeError, ValueError: y does not fit the plan.
     """
     _, batch = check_features(y, None, name="y")
+    check_plan(plan)
     rows = y.flatten(0, -2)
     if rows.shape[0] != plan.num_out:
         raise ValueError(f"y must hold the plan's {plan.num_out} rows, got {rows.shape[0]}")
@@ -463,16 +467,9 @@ def _plan(
     destination = check_flags("destination", destination, payload)
     if protected is not None:
         check_protected(protected, budget)
-    if destination is not None and budget.num_iterations > 1:
-        raise ValueError(
-            f"destination fixes set B of one iteration, got a budget of {budget.num_iterations} iterations"
-        )
     if destination is not None:
         check_destination(destination, protected, budget)
-    if threshold is not None and not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold must be a float, got {type(threshold).__name__}")
-    if threshold is not None and threshold != threshold:
-        raise ValueError("threshold must be a number, got nan")
+    check_threshold(threshold)
     layout_out = budget.layout_out if threshold is None else budget.layout_in
     assign, size_out, weight, anchor, valid = plan_op(
         payload.contiguous(),

@@ -71,9 +71,12 @@ class TokenLayout:
     prefix: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.grid, (tuple, list)) or len(self.grid) != 2:
+            raise TypeError(f"grid must be (rows, columns), got {self.grid!r}")
         h, w = self.grid
-        if self.clip_frames < 1 or self.shuffle < 1 or self.prefix < 0 or h < 1 or w < 1:
-            raise ValueError(f"TokenLayout needs clip_frames, shuffle, grid >= 1 and prefix >= 0, got {self}")
+        named = {"clip_frames": self.clip_frames, "grid[0]": h, "grid[1]": w, "shuffle": self.shuffle}
+        for name, value in {**named, "prefix": self.prefix}.items():
+            check_int(name, value, minimum=0 if name == "prefix" else 1)
         if h % self.shuffle or w % self.shuffle:
             raise ValueError(f"grid must be a multiple of shuffle = {self.shuffle} in both directions, got {self.grid}")
 
@@ -202,7 +205,7 @@ def _schedules_to_target(
 
 
 def _schedules_of_r(layout: VarlenLayout, r: int | Sequence[int], num_protected: int) -> list[tuple[int, ...]]:
-    steps = [r] if isinstance(r, int) else list(r)
+    steps = [r] if isinstance(r, int) else _ints("r", r)
     for index, step in enumerate(steps):
         check_int(f"r[{index}]", step, minimum=0)
     schedules = []
@@ -215,14 +218,18 @@ def _schedules_of_r(layout: VarlenLayout, r: int | Sequence[int], num_protected:
     return schedules
 
 
+def _ints(name: str, value: Sequence[int]) -> list[int]:
+    if isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
+    return list(value)
+
+
 def _per_segment(value: int | Sequence[int], layout: VarlenLayout, name: str) -> list[int]:
     if isinstance(value, int):
         check_int(name, value, minimum=0)
         # An empty segment can only keep nothing, whatever the others keep.
         return [value if n > 0 else 0 for n in layout.lengths]
-    if isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
-    values = list(value)
+    values = _ints(name, value)
     if len(values) != layout.num_sequences:
         raise ValueError(f"{name} must have one entry per segment ({layout.num_sequences}), got {len(values)}")
     for index, entry in enumerate(values):

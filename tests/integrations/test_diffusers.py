@@ -276,6 +276,19 @@ def test_a_forward_that_was_replaced_is_refused(unet):
     assert "forward" not in unet.fine.__dict__ and not unet._forward_hooks
 
 
+def test_a_refused_second_patch_leaves_the_first(unet, random):
+    apply_tome_to_diffusers(unet, 0.5, generator=torch.Generator().manual_seed(2), reuse_steps=9)
+    x = torch.randn(2, 8, 8, 8, generator=random)
+    with torch.no_grad():
+        wanted = unet(x)
+        own = unet.coarse.attn1.__dict__.pop("forward")
+        unet.coarse.attn1.forward = lambda x: x
+        with pytest.raises(ValueError, match="SelfAttention.forward must be its own"):
+            apply_tome_to_diffusers(unet, 0.7)
+        unet.coarse.attn1.forward = own
+        assert torch.equal(unet(x), wanted) and len(unet._forward_hooks) == 1
+
+
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
 @pytest.mark.parametrize("shape", [(2, 16, 16), (1, 16, 16), (4, 8, 24)])
 def test_live_parity_with_tomesd(shape, ratio):

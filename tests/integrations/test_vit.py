@@ -429,6 +429,17 @@ def test_a_refused_model_is_left_as_it_was():
     assert "forward" not in model.blocks[0].__dict__
 
 
+def test_a_refused_second_patch_leaves_the_first():
+    model, x = stand_in(depth=3)
+    apply_lrc_to_vit(model, r=8)
+    own = model.blocks[2].__dict__.pop("forward")
+    model.blocks[2].forward = lambda x: x
+    with pytest.raises(ValueError, match="its own"):
+        apply_lrc_to_vit(model, r=1)
+    model.blocks[2].forward = own
+    assert tokens_after(model, x) == [189, 181, 173]
+
+
 def test_what_a_merged_vit_cannot_do_raises():
     model, x = stand_in(depth=1, attn_drop=0.1)
     apply_lrc_to_vit(model, r=2)

@@ -284,3 +284,12 @@ def test_plan_declines(options, random):
     metric = torch.randn(1, 8, 4, generator=random)
     with pytest.raises(RuntimeError, match=next(iter(options))):
         plan_merge(metric, r=4, **options)
+
+
+def test_a_segment_of_destinations_alone_is_refused(isa, random):
+    """A compiled graph reads no values beforehand: without a source the rows do not fit, and nothing divides by 0."""
+    metric, budget = torch.randn(6, 4, generator=random), merge_budget(VarlenLayout([6]), r=2)
+    cu = budget.layout_in.cu_seqlens, budget.layout_out.cu_seqlens
+    options = (4, 6, None, "fp32", "reference", "isolate", 1)
+    with pytest.raises(ValueError, match="room for the rows that r keeps"):
+        op.plan_op(metric, *cu, budget.r, None, None, torch.ones(6, dtype=torch.bool), *options)

@@ -274,6 +274,12 @@ BAD_CALLS = {
         ValueError,
         r"x must have shape \[F, 1 \+ 2\*2, D\].*got \[2, 6, 2\]",
     ),
+    "r float": (lambda: plan_merge(torch.ones(1, 4, 2), r=2.0), TypeError, "r must be an int or.*, got float"),
+    "merge by no plan": (lambda: merge_tokens(torch.ones(1, 4, 2), 3), TypeError, "plan must be a MergePlan, got int"),
+    "unmerge by no plan": (lambda: unmerge_tokens(torch.ones(1, 4, 2), None), TypeError, "plan must be a MergePlan"),
+    "grid of one side": (lambda: TokenLayout(2, grid=32), TypeError, r"grid must be \(rows, columns\), got 32"),
+    "half a frame": (lambda: TokenLayout(2.5), TypeError, "clip_frames must be an int, got float"),
+    "no prefix": (lambda: TokenLayout(2, prefix=-1), ValueError, "prefix must be >= 0, got -1"),
     "odd grid": (lambda: TokenLayout(2, grid=(3, 2)), ValueError, "grid must be a multiple of shuffle = 2"),
 }
 
