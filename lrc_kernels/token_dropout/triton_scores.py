@@ -370,19 +370,9 @@ def head_tiles(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, in
 
 
 def launch_scores(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_k: Tensor,
-    row_sequence: Tensor,
-    row_position: Tensor,
-    block_table: Tensor | None,
-    lse: Tensor | None,
-    num_tokens: int,
-    max_seqlen: int,
-    head_reduce: str,
-    one_row: bool,
-    softmax_scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, cu_seqlens_k: Tensor, row_sequence: Tensor, row_position: Tensor, block_table: Tensor | None,
+    lse: Tensor | None, num_tokens: int, max_seqlen: int, head_reduce: str, one_row: bool, softmax_scale: float,
+) -> Tensor:  # fmt: skip
     q, k, blocks = q.contiguous(), unit_channel_stride(k), score_blocks(k.dtype)
     scores = torch.zeros(num_tokens, dtype=torch.float32, device=k.device)
     (rows, heads, head_dim), num_sequences = q.shape, cu_seqlens_k.shape[0] - 1
