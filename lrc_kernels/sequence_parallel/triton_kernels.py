@@ -34,7 +34,7 @@ def scatter_heads_fwd_kernel(
     for j in tl.static_range(len(x_ptrs)):
         if (head >= 0) & (head < heads[j]):
             rows = x_ptrs[j] + o_r * strides_row[j] + head.to(tl.int64) * strides_head[j]
-            b_x = tl.load(rows[:, None] + o_k[None, :] * strides_dim[j], mask=mask, other=0)
+            b_x = tl.load(rows[:, None] + o_k.to(tl.int64)[None, :] * strides_dim[j], mask=mask, other=0)
         head -= heads[j]
     row = (place // num_slots).to(tl.int64) * num_rows + o_r
     out = message_ptr + (row * num_slots + place % num_slots) * K

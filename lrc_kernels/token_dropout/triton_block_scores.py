@@ -43,11 +43,12 @@ def _launch_blocks(
     rows = torch.arange(num_rows + 1, device=k.device)
     shared = (cu_blocks.contiguous(), rows, rows, query_position.contiguous())
     if num_rows:
-        attention_scores_fwd_partial_kernel[(num_rows, k.shape[1])](
-            q, k, None, *shared, p, *statistics, 1, k.shape[0], 0, 0, 0, k.stride(0), k.stride(1), softmax_scale,
-            **head_tiles(heads, k.shape[1], head_dim), BLOCK_N=blocks.keys, num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(k):
+            attention_scores_fwd_partial_kernel[(num_rows, k.shape[1])](
+                q, k, None, *shared, p, *statistics, 1, k.shape[0], 0, 0, 0, k.stride(0), k.stride(1), softmax_scale,
+                **head_tiles(heads, k.shape[1], head_dim), BLOCK_N=blocks.keys, num_warps=blocks.num_warps,
+                num_stages=blocks.num_stages,
+            )  # fmt: skip
     return statistics, shared
 
 
@@ -63,10 +64,11 @@ def launch_block_factors(statistics: Tensor, cu_seqlens_k: Tensor, query_positio
     num_sequences, heads, num_blocks = factor.shape
     if factor.numel():
         sequence = torch.arange(num_sequences, dtype=torch.int32, device=factor.device)
-        attention_scores_fwd_merge_kernel[(num_sequences, heads)](
-            cu_seqlens_k.contiguous(), sequence, query_position.contiguous(), *statistics, None, None, factor,
-            num_blocks, HQ=heads, BLOCK_N=blocks.keys, BLOCK_B=blocks.merge,
-        )  # fmt: skip
+        with torch.cuda.device_of(statistics):
+            attention_scores_fwd_merge_kernel[(num_sequences, heads)](
+                cu_seqlens_k.contiguous(), sequence, query_position.contiguous(), *statistics, None, None, factor,
+                num_blocks, HQ=heads, BLOCK_N=blocks.keys, BLOCK_B=blocks.merge,
+            )  # fmt: skip
     return factor
 
 
@@ -86,9 +88,10 @@ def launch_block_scores(
     if q.shape[0]:
         # exp(maximum - offset) is then 1, or 0 where all logits are -inf.
         offset = maximum.masked_fill(maximum == -torch.inf, 0.0)
-        attention_scores_fwd_reduce_kernel[(q.shape[0],)](
-            p, *shared, maximum, offset, factor.contiguous(), scores, 1, k.shape[0],
-            1.0 / heads if head_reduce == "mean" else 1.0, HQ=heads,
-            BLOCK_H=min(blocks.heads, triton.next_power_of_2(heads)), BLOCK_N=blocks.keys, MAX=head_reduce == "max",
-        )  # fmt: skip
+        with torch.cuda.device_of(k):
+            attention_scores_fwd_reduce_kernel[(q.shape[0],)](
+                p, *shared, maximum, offset, factor.contiguous(), scores, 1, k.shape[0],
+                1.0 / heads if head_reduce == "mean" else 1.0, HQ=heads,
+                BLOCK_H=min(blocks.heads, triton.next_power_of_2(heads)), BLOCK_N=blocks.keys, MAX=head_reduce == "max",
+            )  # fmt: skip
     return scores

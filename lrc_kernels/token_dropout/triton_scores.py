@@ -370,19 +370,9 @@ def head_tiles(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, in
 
 
 def launch_scores(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_k: Tensor,
-    row_sequence: Tensor,
-    row_position: Tensor,
-    block_table: Tensor | None,
-    lse: Tensor | None,
-    num_tokens: int,
-    max_seqlen: int,
-    head_reduce: str,
-    one_row: bool,
-    softmax_scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, cu_seqlens_k: Tensor, row_sequence: Tensor, row_position: Tensor, block_table: Tensor | None,
+    lse: Tensor | None, num_tokens: int, max_seqlen: int, head_reduce: str, one_row: bool, softmax_scale: float,
+) -> Tensor:  # fmt: skip
     q, k, blocks = q.contiguous(), unit_channel_stride(k), score_blocks(k.dtype)
     scores = torch.zeros(num_tokens, dtype=torch.float32, device=k.device)
     (rows, heads, head_dim), num_sequences = q.shape, cu_seqlens_k.shape[0] - 1
@@ -408,26 +398,29 @@ def launch_scores(
         maximum, total = torch.empty(2, rows, heads, num_blocks, dtype=torch.float32, device=k.device)
         offset, inverse = torch.empty(2, rows, heads, dtype=torch.float32, device=k.device)
         offset_strides = (heads, 1)
-        attention_scores_fwd_partial_kernel[(num_sequences * num_blocks, k.shape[-2])](
-            q, k, table, *shared, p, maximum, total, num_blocks, num_tokens, *paged, *strides, softmax_scale,
-            **tiles, BLOCK_N=blocks.keys, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
-        )  # fmt: skip
-        attention_scores_fwd_merge_kernel[(rows, heads)](
-            cu, row_sequence.contiguous(), position, maximum, total, offset, inverse, None, num_blocks, HQ=heads,
-            BLOCK_N=blocks.keys, BLOCK_B=blocks.merge,
-        )  # fmt: skip
-        if p is not None:
-            attention_scores_fwd_reduce_kernel[(num_sequences * num_blocks,)](
-                p, *shared, maximum, offset, inverse, scores, num_blocks, num_tokens, head_scale, HQ=heads,
-                BLOCK_H=min(blocks.heads, triton.next_power_of_2(heads)), BLOCK_N=blocks.keys, MAX=head_reduce == "max",
+        with torch.cuda.device_of(k):
+            attention_scores_fwd_partial_kernel[(num_sequences * num_blocks, k.shape[-2])](
+                q, k, table, *shared, p, maximum, total, num_blocks, num_tokens, *paged, *strides, softmax_scale,
+                **tiles, BLOCK_N=blocks.keys, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
             )  # fmt: skip
-            return scores
+            attention_scores_fwd_merge_kernel[(rows, heads)](
+                cu, row_sequence.contiguous(), position, maximum, total, offset, inverse, None, num_blocks, HQ=heads,
+                BLOCK_N=blocks.keys, BLOCK_B=blocks.merge,
+            )  # fmt: skip
+            if p is not None:
+                attention_scores_fwd_reduce_kernel[(num_sequences * num_blocks,)](
+                    p, *shared, maximum, offset, inverse, scores, num_blocks, num_tokens, head_scale, HQ=heads,
+                    BLOCK_H=min(blocks.heads, triton.next_power_of_2(heads)), BLOCK_N=blocks.keys,
+                    MAX=head_reduce == "max",
+                )  # fmt: skip
+                return scores
     num_blocks = triton.cdiv(max_seqlen, blocks.apply_keys)
-    attention_scores_fwd_apply_kernel[(num_sequences * num_blocks,)](
-        q, k, table, *shared, offset, inverse, scores, num_blocks, *paged, *strides, *offset_strides, softmax_scale,
-        head_scale, HKV=k.shape[-2], **tiles, BLOCK_N=blocks.apply_keys, MAX=head_reduce == "max",
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(k):
+        attention_scores_fwd_apply_kernel[(num_sequences * num_blocks,)](
+            q, k, table, *shared, offset, inverse, scores, num_blocks, *paged, *strides, *offset_strides, softmax_scale,
+            head_scale, HKV=k.shape[-2], **tiles, BLOCK_N=blocks.apply_keys, MAX=head_reduce == "max",
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
     return scores
 
 
@@ -454,11 +447,12 @@ def launch_column_sums(
     tiles = head_tiles(heads, k.shape[1], k.shape[2])
     num_blocks = triton.cdiv(max_seqlen_k, blocks.column_keys)
     mask = None if query_mask is None else query_mask.contiguous().view(torch.int8)
-    attention_column_sums_fwd_kernel[(num_sequences * num_blocks,)](
-        q, k, lse, mask, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), out, num_blocks, q.stride(0),
-        q.stride(1), k.stride(0), k.stride(1), lse.stride(0), softmax_scale,
-        1.0 / heads if head_reduce == "mean" else 1.0, HKV=k.shape[1], G=tiles["G"], K=tiles["K"],
-        BLOCK_M=blocks.column_rows, BLOCK_N=blocks.column_keys, BLOCK_K=tiles["BLOCK_K"], CAUSAL=causal, REDUCE=reduce,
-        MAX=head_reduce == "max", num_warps=blocks.column_warps, num_stages=blocks.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(k):
+        attention_column_sums_fwd_kernel[(num_sequences * num_blocks,)](
+            q, k, lse, mask, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), out, num_blocks, q.stride(0),
+            q.stride(1), k.stride(0), k.stride(1), lse.stride(0), softmax_scale,
+            1.0 / heads if head_reduce == "mean" else 1.0, HKV=k.shape[1], G=tiles["G"], K=tiles["K"],
+            BLOCK_M=blocks.column_rows, BLOCK_N=blocks.column_keys, BLOCK_K=tiles["BLOCK_K"], CAUSAL=causal,
+            REDUCE=reduce, MAX=head_reduce == "max", num_warps=blocks.column_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
     return out

@@ -275,6 +275,8 @@ def cuda_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
 _REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
 # Tokens of a segment up to which the CUDA plan goes, `lrc::kMaxPlanTokens`.
 _MAX_PLAN_TOKENS = 65536
+# Rows of a segment up to which the CUDA merge goes: its blocks look at every token of a segment for each 128 rows.
+_MAX_MERGE_ROWS = 4096
 # Multiply-adds of the first iteration that one block may do while most of the device idles: about half a millisecond.
 _MAX_BLOCK_WORK = 2**26
 
@@ -400,6 +402,8 @@ def cuda_supports_merge(
     binary_weight: bool,
     layout: list[int],
 ) -> str | None:
+    if (rows := min(max_seqlen_out, num_out)) > _MAX_MERGE_ROWS:
+        return f"a segment keeps up to {rows} rows, more than {_MAX_MERGE_ROWS}: every 128 are a pass over its tokens"
     return declines_dtype("x", x) or cuda_device_status(x.device.index)
 
 

@@ -176,3 +176,13 @@ def test_bad_arguments(host_kernels, reduction, num_out, message):
     x, rows = torch.empty(64), [4, 1, 6, 6, 0, 0, 4]
     with pytest.raises(RuntimeError, match=message):
         host_kernels.call("merge_rows", x, 0, rows, 6, x, x, None, x, x, 1, num_out, reduction, x)
+
+
+def test_segments_of_many_rows_go_to_the_merge_by_groups():
+    """tomesd's 65,536 -> 32,768, in which every block would look at all tokens for its 128 rows."""
+    x, rest = torch.zeros(8, 4), (None, None, None, None, None)
+    for num_out, max_seqlen_out in ((65536, 32768), (4097, 4097)):
+        reason = native.cuda_supports_merge(x, *rest, num_out, max_seqlen_out, "mean", True, [])
+        assert f"keeps up to {max_seqlen_out} rows" in reason
+    few = native.cuda_supports_merge(x.double(), *rest, 65536, 4096, "mean", True, [])
+    assert few == "x must be fp32, bf16 or fp16, got float64"

@@ -87,6 +87,16 @@ def test_triton_moves_what_the_specification_moves(device, num_kv, ratio, ulysse
 
 
 @pytest.mark.triton
+@pytest.mark.no_poison
+def test_channels_past_two_to_the_31(device):
+    """Channels 2^30 elements apart: only their pages are touched."""
+    x = torch.empty(2**31 + 1, dtype=torch.float16, device=device).as_strided((1, 1, 3), (1, 1, 2**30))
+    x.copy_(torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3))
+    with backend.use_backend("triton"):
+        assert scatter_heads_op([x], head_tables(1, 1, 1, 1, 0, device).scatter).flatten().tolist() == [1, 2, 3]
+
+
+@pytest.mark.triton
 def test_triton_says_what_it_cannot_take(device):
     x = torch.zeros(2, 1, 4096, device=device)
     tables = head_tables(1, 1, 2, 1, 0, device)
