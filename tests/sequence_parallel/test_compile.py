@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled and checkpointed layers on real processes: no graph break, few compiles, and no message sent twice."""
 
+import gc
 import logging
 
 import pytest
@@ -130,6 +131,17 @@ def opchecks():
     torch.library.opcheck(forward, (q, k, v, None, False, *options), test_utils=checks)
     torch.library.opcheck(backward, (dout, lse, kept, bias, torch.float32, *options), test_utils=checks)
     torch.library.opcheck(backward, (None, lse, kept, bias, torch.float64, *options), test_utils=checks)
+    # A ring alone, heads outside rows: results are laid out as the fake ones are, and share no memory.
+    mesh = mesh_of(4, 1)
+    plan = plan_sequence(VarlenLayout(PACKS[0]), ring=4, transport="ring", **HEADS)
+    (q, k, v), dout = local_inputs(plan, mesh)
+    q, k, v = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+    options = (plan.encoded, ranks_of(mesh).number, 1, 6, 2, 0.25)
+    torch.library.opcheck(forward, (q, k, v, None, True, *options), test_utils=checks)
+    out, lse, *_ = forward(q, k, v, None, True, *options)
+    given = (dout, None, [q, k, v, out, lse], None, torch.float64, *options)
+    torch.library.opcheck(backward, given, test_utils=checks)
+    assert len({x.untyped_storage().data_ptr() for x in backward(*given)}) == 3
 
 
 def test_the_ops_are_what_they_say(rank_pools):
@@ -146,3 +158,29 @@ def gone_mesh():
 
 def test_a_mesh_that_is_gone_is_named(rank_pools):
     rank_pools(4).run(gone_mesh)
+
+
+def mesh_as_argument():
+    """Bytes that a compiled layer sends by each of two equal meshes that it is given, and whether others see them."""
+    torch._dynamo.reset()
+    meshes = [mesh_of(4, 1) for _ in range(2)]
+    plan = plan_sequence(VarlenLayout(PACKS[0]), ring=4, transport="ring", **HEADS)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def layer(q, k, v, mesh):
+        return sequence_parallel_attention(q, k, v, plan, mesh)
+
+    sent = []
+    for mesh in meshes:
+        local, dout = local_inputs(plan, mesh)
+        before = [ranks_of(x).bytes_sent for x in meshes]
+        out = layer(*local, mesh)
+        gc.collect()
+        out.backward(dout)
+        sent.append([ranks_of(x).bytes_sent > y for x, y in zip(meshes, before, strict=True)])
+    return sent
+
+
+@pytest.mark.no_poison
+def test_a_mesh_that_is_an_argument_is_the_caller_s_own(rank_pools):
+    assert rank_pools(4).run(mesh_as_argument) == [[[True, False], [False, True]]] * 4
