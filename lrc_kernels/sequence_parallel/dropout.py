@@ -211,6 +211,7 @@ def gather_rows(x: Tensor, counts: Sequence[int], plan: SequencePlan, mesh: Devi
     return ranks_of(mesh).run("gather of rows", gather_lists(x.detach(), counts, plan.ring, plan.ulysses))
 
 
+@torch.compiler.disable
 def plan_after_drop(plan: SequencePlan, selection: Selection, *, slack: float = SLACK) -> SequencePlan:
     """The plan of the rows that a selection keeps. Pure, the same on every rank; reads the selection on the host.
 
@@ -257,6 +258,7 @@ def plan_after_drop(plan: SequencePlan, selection: Selection, *, slack: float = 
     return anew if _excess(anew) < _excess(stay) else stay
 
 
+@torch.compiler.disable
 def drop_rows(
     tensors: Sequence[Tensor], selection: Selection, plan: SequencePlan, after: SequencePlan, mesh: DeviceMesh
 ) -> tuple[Tensor, ...]:

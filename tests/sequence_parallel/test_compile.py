@@ -11,8 +11,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lrc_kernels import VarlenLayout
-from lrc_kernels.sequence_parallel import CHECKPOINT_OPS, make_mesh, plan_sequence, sequence_parallel_attention, shard
+from lrc_kernels.sequence_parallel import (
+    CHECKPOINT_OPS,
+    drop_rows,
+    make_mesh,
+    plan_after_drop,
+    plan_sequence,
+    sequence_parallel_attention,
+    shard,
+)
 from lrc_kernels.sequence_parallel.mesh import ranks_of
+from lrc_kernels.token_dropout import select_tokens
 
 HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16}
 PACKS = ([70, 0, 1, 130, 40], [9, 64], [1, 2, 3, 100, 5, 60], [200])
@@ -184,3 +193,24 @@ def mesh_as_argument():
 @pytest.mark.no_poison
 def test_a_mesh_that_is_an_argument_is_the_caller_s_own(rank_pools):
     assert rank_pools(4).run(mesh_as_argument) == [[[True, False], [False, True]]] * 4
+
+
+def compiled_drop():
+    torch._dynamo.reset()
+    mesh, layout = mesh_of(2, 2), VarlenLayout(PACKS[1])
+    plan = plan_sequence(layout, ring=2, ulysses=2, **HEADS)
+    (q, *_), _ = local_inputs(plan, mesh)
+
+    def drop(q, selection, plan):
+        after = plan_after_drop(plan, selection)
+        (kept,) = drop_rows((q * 2,), selection, plan, after, mesh)
+        return kept.sin()
+
+    droppable = torch.ones(layout.num_tokens, dtype=torch.bool)
+    selection = select_tokens(layout, droppable, keep=0.5, mode="linspace")
+    return torch.equal(torch.compile(drop, backend="aot_eager")(q, selection, plan), drop(q, selection, plan))
+
+
+@pytest.mark.no_poison
+def test_a_drop_breaks_a_graph_and_no_more(rank_pools):
+    assert all(rank_pools(4).run(compiled_drop))
