@@ -119,7 +119,9 @@ def _run_backward(
     task = _task(plan, ranks, softmax_scale, key_bias, grad_wire)
     with torch.no_grad():
         schedule = backward(task, kept, dout, dlse, key_bias)
-        return TorchRanks.of(ranks).run("sequence-parallel attention backward", schedule)
+        dq, dk, dv = TorchRanks.of(ranks).run("sequence-parallel attention backward", schedule)
+    # A ring sums dk and dv in one tensor; results of an op share no memory.
+    return dq, dk.contiguous(), dv.contiguous()
 
 
 def _fake_forward(
@@ -211,7 +213,8 @@ class _SequenceParallelAttention(torch.autograd.Function):
 # A mesh is the same for a whole run: its number is a constant of a compiled graph.
 @torch.compiler.assume_constant_result
 def _number_of(mesh: DeviceMesh) -> int:
-    return ranks_of(mesh).number
+    # While a graph is traced, a mesh that is an argument is wrapped: the wrapper would die with the trace.
+    return ranks_of(getattr(mesh, "real_obj", mesh)).number
 
 
 def sequence_parallel_attention(

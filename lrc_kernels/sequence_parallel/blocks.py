@@ -90,7 +90,7 @@ class Partial:
         if q.element_size() == 2:
             self.state = AttentionState.zeros(rows, heads, head_dim, q.device)
         else:
-            self.out, self.lse, self.empty = torch.zeros_like(q), q.new_full((heads, rows), -torch.inf), True
+            self.out, self.lse, self.empty = q.new_zeros(q.shape), q.new_full((heads, rows), -torch.inf), True
 
     def add(self, rows: slice, q: Tensor, keys: Keys, **options: Any) -> None:
         """Take the keys into the rows of the queries q."""

@@ -103,7 +103,6 @@ class TorchRanks:
         self.ranks = {axis: distributed.get_process_group_ranks(group) for axis, group in groups.items()}
         self.rank = distributed.get_rank()
         self.bytes_sent = 0
-        self._runs = 0
         self._timeout = _default_timeout(device)
         self._report = min(self._timeout * REPORT_SHARE, REPORT_SECONDS)
 
@@ -141,7 +140,6 @@ class TorchRanks:
         Raises:
             PeerError: naming the global rank and the step.
         """
-        self._runs += 1
         answer: Any = None
         try:
             while True:
@@ -228,8 +226,9 @@ class TorchRanks:
         store = _default_store()
         if store is None:
             return suspects[0] if len(suspects) == 1 else None
-        # One for all groups of the mesh, as who waits on one axis may wait for a rank that is stuck on the other.
-        prefix = f"lrc_sequence_parallel/{self._name}/{self._runs}"
+        # One for all groups of the mesh and all it runs, as who waits on one axis may wait for a rank that is stuck on
+        # another, in a step before.
+        prefix = f"lrc_sequence_parallel/{self._name}"
         try:
             store.set(f"{prefix}/{self.rank}", ",".join(map(str, suspects)))
             seen, deadline = {self.rank}, time.monotonic() + self._report

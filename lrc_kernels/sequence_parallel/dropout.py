@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from lrc_kernels.checks import check_choice, check_tensor
 from lrc_kernels.layout import VarlenLayout
+from lrc_kernels.sequence_parallel.arrangements import ARRANGEMENTS
 from lrc_kernels.sequence_parallel.comm import AllGather, Schedule
 from lrc_kernels.sequence_parallel.exchange import RowExchange, exchange_rows, holders, plan_exchange, send_rows
 from lrc_kernels.sequence_parallel.mesh import place, ranks_of
@@ -210,6 +211,7 @@ def gather_rows(x: Tensor, counts: Sequence[int], plan: SequencePlan, mesh: Devi
     return ranks_of(mesh).run("gather of rows", gather_lists(x.detach(), counts, plan.ring, plan.ulysses))
 
 
+@torch.compiler.disable
 def plan_after_drop(plan: SequencePlan, selection: Selection, *, slack: float = SLACK) -> SequencePlan:
     """The plan of the rows that a selection keeps. Pure, the same on every rank; reads the selection on the host.
 
@@ -222,9 +224,10 @@ def plan_after_drop(plan: SequencePlan, selection: Selection, *, slack: float = 
         slack: 0 always cuts anew where that is more even, inf never.
 
     Raises:
-        TypeError, ValueError: what is no such selection.
+        TypeError, ValueError: what is no such selection, or a striped plan, which no drop leaves striped.
     """
     _check_selection(selection, plan)
+    check_choice("arrangement of plan", plan.arrangement, tuple(ARRANGEMENTS))
     if not selection.layout.is_on_host:
         raise ValueError("selection must have lengths that the host knows, got one with a capacity")
     kept_before = pad((selection.inverse.cpu() >= 0).cumsum(0), (1, 0))
@@ -255,13 +258,14 @@ def plan_after_drop(plan: SequencePlan, selection: Selection, *, slack: float = 
     return anew if _excess(anew) < _excess(stay) else stay
 
 
+@torch.compiler.disable
 def drop_rows(
     tensors: Sequence[Tensor], selection: Selection, plan: SequencePlan, after: SequencePlan, mesh: DeviceMesh
 ) -> tuple[Tensor, ...]:
     """`drop_tokens` for a pack that lies on many ranks. Autograd. A collective.
 
     Args:
-        tensors: [T_local, ...] each, of one dtype: this rank's rows by `plan`.
+        tensors: [T_local, ...] each: this rank's rows by `plan`.
         selection: the same on every rank.
         after: `plan_after_drop(plan, selection)`.
 
@@ -269,7 +273,7 @@ def drop_rows(
         For each of them this rank's rows by `after`; zeros at padding.
 
     Raises:
-        TypeError, ValueError: rows, dtypes or devices that do not fit, plans that do not fit each other or the mesh.
+        TypeError, ValueError: rows or devices that do not fit, plans that do not fit each other or the mesh.
         PeerError: a rank died or stalled (gloo), in the forward or the backward.
     """
     _check_selection(selection, plan)

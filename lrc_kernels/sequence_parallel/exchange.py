@@ -175,10 +175,10 @@ class _ExchangeRows(torch.autograd.Function):
 
 @torch.compiler.disable
 def exchange_rows(tensors: Sequence[Tensor], exchange: RowExchange, mesh: DeviceMesh) -> tuple[Tensor, ...]:
-    """Move this rank's rows to the ranks that shall hold them, in one message. Autograd. A collective.
+    """Move this rank's rows to the ranks that shall hold them, in one message per dtype. Autograd. A collective.
 
     Args:
-        tensors: [rows before, ...] each, of one dtype and device.
+        tensors: [rows before, ...] each, on one device.
         exchange: by `plan_exchange`, the same on every rank.
         mesh: `make_mesh`, or one that has dimensions "ring" and "ulysses".
 
@@ -186,7 +186,7 @@ def exchange_rows(tensors: Sequence[Tensor], exchange: RowExchange, mesh: Device
         For each of them [rows after, ...]; zeros at rows that `after` numbers -1.
 
     Raises:
-        TypeError, ValueError: rows, dtypes or devices that do not fit, a mesh of other degrees.
+        TypeError, ValueError: rows or devices that do not fit, a mesh of other degrees.
         PeerError: a rank died or stalled (gloo), in the forward or the backward.
     """
     if not isinstance(exchange, RowExchange):
@@ -200,14 +200,16 @@ def exchange_rows(tensors: Sequence[Tensor], exchange: RowExchange, mesh: Device
             raise TypeError(f"tensors[{index}] must be a tensor, got {type(x).__name__}")
         if x.dim() < 1 or x.shape[0] != rows:
             raise ValueError(f"tensors[{index}] must have {rows} rows, got shape {list(x.shape)}")
-        if x.dtype != tensors[0].dtype:
-            raise TypeError(f"tensors[{index}] must have the dtype of the others ({tensors[0].dtype}), got {x.dtype}")
         check_device(f"tensors[{index}]", x, tensors[0])
-    widths = [x.shape[1:].numel() for x in tensors]
-    message = torch.cat([x.reshape(rows, width) for x, width in zip(tensors, widths, strict=True)], 1)
-    moved = _ExchangeRows.apply(message, exchange, mesh, here, False)
-    parts = zip(moved.split(widths, 1), tensors, strict=True)
-    return tuple(part.unflatten(1, x.shape[1:]) if x.dim() > 1 else part.squeeze(1) for part, x in parts)
+    found = list(tensors)
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        group = {index: x for index, x in enumerate(tensors) if x.dtype == dtype}
+        widths = [x.shape[1:].numel() for x in group.values()]
+        message = torch.cat([x.reshape(rows, width) for x, width in zip(group.values(), widths, strict=True)], 1)
+        moved = _ExchangeRows.apply(message, exchange, mesh, here, False).split(widths, 1)
+        for (index, x), part in zip(group.items(), moved, strict=True):
+            found[index] = part.unflatten(1, x.shape[1:]) if x.dim() > 1 else part.squeeze(1)
+    return tuple(found)
 
 
 def holders(side: Sequence[Tensor], total: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from lrc_kernels.checks import check_choice
 from lrc_kernels.sequence_parallel.comm import AllReduce, Schedule
@@ -51,10 +52,14 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, dims: Se
         parameters: the same on every rank, in the same order; those that are frozen are left out.
 
     Raises:
+        TypeError: a parameter that is a DTensor, whose gradients FSDP has summed already.
         ValueError: a dimension that is none of "dp", "ring", "ulysses".
         PeerError: a rank died or stalled (gloo).
     """
     trained = [p for p in parameters if p.requires_grad]
+    for index, p in enumerate(trained):
+        if isinstance(p, DTensor):
+            raise TypeError(f"parameters[{index}] must be whole on every rank, got a DTensor of shape {list(p.shape)}")
     if not trained:
         return
     present = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)

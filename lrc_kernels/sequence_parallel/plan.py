@@ -302,6 +302,7 @@ class SequencePlan:
         )
 
 
+@torch.compiler.disable
 def plan_sequence(
     layout: VarlenLayout,
     *,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled and checkpointed layers on real processes: no graph break, few compiles, and no message sent twice."""
 
+import gc
 import logging
 
 import pytest
@@ -10,8 +11,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lrc_kernels import VarlenLayout
-from lrc_kernels.sequence_parallel import CHECKPOINT_OPS, make_mesh, plan_sequence, sequence_parallel_attention, shard
+from lrc_kernels.sequence_parallel import (
+    CHECKPOINT_OPS,
+    drop_rows,
+    make_mesh,
+    plan_after_drop,
+    plan_sequence,
+    sequence_parallel_attention,
+    shard,
+)
 from lrc_kernels.sequence_parallel.mesh import ranks_of
+from lrc_kernels.token_dropout import select_tokens
 
 HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16}
 PACKS = ([70, 0, 1, 130, 40], [9, 64], [1, 2, 3, 100, 5, 60], [200])
@@ -130,6 +140,17 @@ def opchecks():
     torch.library.opcheck(forward, (q, k, v, None, False, *options), test_utils=checks)
     torch.library.opcheck(backward, (dout, lse, kept, bias, torch.float32, *options), test_utils=checks)
     torch.library.opcheck(backward, (None, lse, kept, bias, torch.float64, *options), test_utils=checks)
+    # A ring alone, heads outside rows: results are laid out as the fake ones are, and share no memory.
+    mesh = mesh_of(4, 1)
+    plan = plan_sequence(VarlenLayout(PACKS[0]), ring=4, transport="ring", **HEADS)
+    (q, k, v), dout = local_inputs(plan, mesh)
+    q, k, v = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+    options = (plan.encoded, ranks_of(mesh).number, 1, 6, 2, 0.25)
+    torch.library.opcheck(forward, (q, k, v, None, True, *options), test_utils=checks)
+    out, lse, *_ = forward(q, k, v, None, True, *options)
+    given = (dout, None, [q, k, v, out, lse], None, torch.float64, *options)
+    torch.library.opcheck(backward, given, test_utils=checks)
+    assert len({x.untyped_storage().data_ptr() for x in backward(*given)}) == 3
 
 
 def test_the_ops_are_what_they_say(rank_pools):
@@ -146,3 +167,50 @@ def gone_mesh():
 
 def test_a_mesh_that_is_gone_is_named(rank_pools):
     rank_pools(4).run(gone_mesh)
+
+
+def mesh_as_argument():
+    """Bytes that a compiled layer sends by each of two equal meshes that it is given, and whether others see them."""
+    torch._dynamo.reset()
+    meshes = [mesh_of(4, 1) for _ in range(2)]
+    plan = plan_sequence(VarlenLayout(PACKS[0]), ring=4, transport="ring", **HEADS)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def layer(q, k, v, mesh):
+        return sequence_parallel_attention(q, k, v, plan, mesh)
+
+    sent = []
+    for mesh in meshes:
+        local, dout = local_inputs(plan, mesh)
+        before = [ranks_of(x).bytes_sent for x in meshes]
+        out = layer(*local, mesh)
+        gc.collect()
+        out.backward(dout)
+        sent.append([ranks_of(x).bytes_sent > y for x, y in zip(meshes, before, strict=True)])
+    return sent
+
+
+@pytest.mark.no_poison
+def test_a_mesh_that_is_an_argument_is_the_caller_s_own(rank_pools):
+    assert rank_pools(4).run(mesh_as_argument) == [[[True, False], [False, True]]] * 4
+
+
+def compiled_drop():
+    torch._dynamo.reset()
+    mesh, layout = mesh_of(2, 2), VarlenLayout(PACKS[1])
+    plan = plan_sequence(layout, ring=2, ulysses=2, **HEADS)
+    (q, *_), _ = local_inputs(plan, mesh)
+
+    def drop(q, selection, plan):
+        after = plan_after_drop(plan, selection)
+        (kept,) = drop_rows((q * 2,), selection, plan, after, mesh)
+        return kept.sin()
+
+    droppable = torch.ones(layout.num_tokens, dtype=torch.bool)
+    selection = select_tokens(layout, droppable, keep=0.5, mode="linspace")
+    return torch.equal(torch.compile(drop, backend="aot_eager")(q, selection, plan), drop(q, selection, plan))
+
+
+@pytest.mark.no_poison
+def test_a_drop_breaks_a_graph_and_no_more(rank_pools):
+    assert all(rank_pools(4).run(compiled_drop))

@@ -15,6 +15,7 @@ from lrc_kernels.sequence_parallel.comm import AllReduce, VirtualRanks
 from lrc_kernels.sequence_parallel.dropout import score_blocks, scores_of_pack
 from lrc_kernels.sequence_parallel.exchange import return_rows, send_rows
 from lrc_kernels.sequence_parallel.shard import take_rows
+from lrc_kernels.sequence_parallel.stripe import stripe_sequence
 from lrc_kernels.token_dropout import attention_scores, select_tokens
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
@@ -214,6 +215,9 @@ def test_bad_selections_are_named():
         plan_after_drop(plan, other)
     with pytest.raises(TypeError, match="selection must be a Selection, got int"):
         plan_after_drop(plan, 3)
+    striped = stripe_sequence(plan.layout, ring=2, **HEADS)
+    with pytest.raises(ValueError, match="arrangement of plan must be one of contiguous, .*, got 'stripe'"):
+        plan_after_drop(striped, selection_of(plan.layout, torch.ones(12, dtype=torch.bool), 0.5))
     padded = select_tokens(plan.layout, torch.ones(12, dtype=torch.bool), keep=0.5, mode="bernoulli", capacity=12)
     with pytest.raises(ValueError, match="selection must have lengths that the host knows"):
         plan_after_drop(plan, padded)
