@@ -98,7 +98,8 @@ class ShardedPlacement(Placement):
 
     def _visual_rows(self, batch: PackedBatch) -> list[Tensor]:
         """Rows of the pack that each rank's clips are for, on the host; all ranks see the same and raise alike."""
-        digest = hashlib.sha256(repr((self.plan.layout.lengths, self.plan.shards)).encode()).digest()
+        pack = self.plan.layout.lengths, self.plan.shards, batch.sample_ids.tolist()
+        digest = hashlib.sha256(repr(pack).encode()).digest()
         own = torch.tensor([int.from_bytes(digest[:8], "big", signed=True), len(batch.visual_index)])
         facts = gather_rows(own[None].to(batch.visual_index.device), [1] * self._size, self.plan, self.mesh).tolist()
         if len({plan for plan, _ in facts}) > 1:

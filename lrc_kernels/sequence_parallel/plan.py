@@ -120,7 +120,7 @@ class SequencePlan:
             *(self.layout.num_sequences, *self.layout.lengths),
             *(x for shard in runs for x in shard),
         )
-        object.__setattr__(self, "encoded", torch.tensor(numbers, dtype=torch.int64))
+        object.__setattr__(self, "encoded", torch.tensor(numbers, dtype=torch.int64, device="cpu"))
         torch._dynamo.maybe_mark_dynamic(self.encoded, 0)
 
     @cached_property
