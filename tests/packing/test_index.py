@@ -382,6 +382,8 @@ def test_bad_arguments(data):
         build_index(config, 5, ByteTokenizer(), data / "index")
     with pytest.raises(ValueError, match="frame must hold {visual} exactly once, got 'f'"):
         ChatTemplate(frame="f")
+    with pytest.raises(TypeError, match="tokenizer must have special_tokens, got int"):
+        build_index(config, SAMPLING, 5, data / "index")
     tokenizer = ByteTokenizer()
     tokenizer.special_tokens = {"<img>": 1}
     with pytest.raises(ValueError, match="tokenizer must have <IMG_CONTEXT> among its special_tokens, got <img>"):
