@@ -234,7 +234,7 @@ def load(arguments: argparse.Namespace) -> Loaded:
     """Read the video.
 
     Raises:
-        InputError: the video cannot be used or is too short, or the report could not be drawn.
+        InputError: the video cannot be used or is too short, or the report could not be drawn or written.
     """
     needed = {"PIL": "the report needs pillow"} | ({"av": "training needs PyAV"} if arguments.steps else {})
     for module, reason in needed.items():
@@ -243,6 +243,8 @@ def load(arguments: argparse.Namespace) -> Loaded:
     try:
         source, path = open_source(arguments.video, arguments.out.parent / "cache")
         timestamps = choose_timestamps(source, arguments.max_frames)
+        # Minutes of work must not end at a folder that cannot be made.
+        arguments.out.mkdir(parents=True, exist_ok=True)
         shots = _read_shots(source, path) if arguments.steps else None
         start = time.perf_counter()
         video = read_frames(path, timestamps, IMAGE_SIZE)
@@ -287,7 +289,6 @@ def run(arguments: argparse.Namespace) -> Path:
     print(f"compare  {', '.join(METHODS)} on these features", file=sys.stderr)
     comparison = compare(x, layout, arguments.dtype)
     del x
-    arguments.out.mkdir(parents=True, exist_ok=True)
     training, answered = _train(arguments, loaded, device)
     figures = {
         "source": asdict(source),

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +68,7 @@ def read_shots(
         read: the frames at some times.
 
     Raises:
-        ValueError: a video whose last quarter is shorter than a clip.
+        ValueError: a video one part of which is shorter than a clip, or so damaged that no clip is left.
     """
     border = TRAIN_SHARE * duration_s
     train, held_out = _times(0, border, TRAIN_SHOTS), _times(border, duration_s, HELD_OUT_SHOTS)
@@ -74,11 +76,26 @@ def read_shots(
         wanted = SHORTEST / FPS / (1 - TRAIN_SHARE)
         raise ValueError(f"training needs a video of at least {wanted:g} s, got {duration_s:g} s: --steps 0 skips it")
     video = read(np.concatenate(train + held_out))
-    # A damaged frame shows the one before it.
-    valid = video.valid.numpy()
-    frames = video.frames.numpy()[np.maximum.accumulate(np.where(valid, np.arange(len(valid)), 0))]
-    shots = np.split(frames, np.cumsum([len(times) for times in train + held_out])[:-1])
-    return shots[: len(train)], shots[len(train) :]
+    ends = np.cumsum([len(times) for times in train + held_out]).tolist()
+    borders = [0.0] * len(train) + [border] * len(held_out)
+    shots = [_unbroken(video, slice(*span), began) for span, began in zip(pairwise([0, *ends]), borders, strict=True)]
+    parts = shots[: len(train)], shots[len(train) :]
+    learnt, asked = ([shot for shot in part if len(shot) >= SHORTEST] for part in parts)
+    if not (learnt and asked):
+        raise ValueError(
+            f"training needs {SHORTEST} frames in a row to learn from and as many behind them, got at most "
+            f"{max(map(len, parts[0]))} and {max(map(len, parts[1]))}: --steps 0 skips it"
+        )
+    return learnt, asked
+
+
+def _unbroken(video: DecodedVideo, shot: slice, begin: float) -> UInt8:
+    """A shot without what came on before `begin`; a damaged frame shows the one before it, of the same shot."""
+    fresh = ~(video.pts[shot] < begin).numpy()
+    frames, valid = video.frames[shot].numpy()[fresh], video.valid[shot].numpy()[fresh]
+    first = int(valid.argmax()) if valid.any() else len(valid)
+    shown = np.where(valid[first:], np.arange(first, len(valid)), first)
+    return frames[np.maximum.accumulate(shown)]
 
 
 def _times(start: float, end: float, count: int) -> list[NDArray[np.float64]]:
@@ -106,15 +123,17 @@ def write_questions(
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     questions = []
+    asked: Counter[str] = Counter()
     kinds = [kind for kind in KINDS for _ in range(per_kind)]
     for number, kind in enumerate(kinds):
         answers = KINDS[kind].answers
-        answer = answers[number % per_kind % len(answers)]
+        answer = answers[asked[kind] % len(answers)]
         frames = MAKERS[kind](shots, size, answer, random)
         if frames is not None:
             name = f"{kind}-{number:04d}.mp4"
             write_clip(folder / name, frames)
             questions.append(Question(kind, name, answer))
+            asked[kind] += 1
         progress(number + 1, len(kinds))
     lines = [
         {

@@ -85,12 +85,11 @@ def learn(
     # On matrices as small as these a second thread waits more than it computes, and decoding has use for the core.
     with one_thread(), PackedLoader(dataset, device=device) as loader:
         losses, ran = optimise(model, loader, steps, out / "losses.jsonl")
-        waited = loader.stats.wait_s
         answered = ask(model, held_out_index, asked)
     figures = {
         "steps": losses,
-        "seconds": sum(step["seconds"] for step in losses),
-        "waited_for_data_s": waited,
+        "seconds": sum(step["seconds"] + step["waited_s"] for step in losses),
+        "waited_for_data_s": sum(step["waited_s"] for step in losses),
         "parameters": sum(p.numel() for p in model.parameters()),
         "questions": {"train": len(learnt), "held_out": len(asked)},
         "packing": packing_figures(index, plan),
@@ -158,7 +157,7 @@ def optimise(
     tokens, epoch = 0, 0
     model.train()
     with backend.record() as ran, log.open("w", encoding="utf-8") as lines:
-        begin = time.perf_counter()
+        begin = ready = time.perf_counter()
         while len(steps_done) < steps:
             loader.set_epoch(epoch)
             for batch in loader:
@@ -174,7 +173,8 @@ def optimise(
                 used = batch.layout.num_tokens
                 entry = {"step": step, "epoch": epoch, "loss": loss.item(), "grad_norm": norm.item(),
                          "learning_rate": learning_rate(step, steps), "tokens": used,
-                         "utilisation": used / MAX_TOKENS, "seconds": time.perf_counter() - start}  # fmt: skip
+                         "utilisation": used / MAX_TOKENS, "waited_s": start - ready,
+                         "seconds": time.perf_counter() - start}  # fmt: skip
                 lines.write(json.dumps(entry) + "\n")
                 lines.flush()
                 steps_done.append(entry)
@@ -184,6 +184,7 @@ def optimise(
                      f"loss {entry['loss']:.3f}")  # fmt: skip
                 if len(steps_done) == steps:
                     break
+                ready = time.perf_counter()
             epoch += 1
     model.eval()
     return steps_done, ran

@@ -55,7 +55,7 @@ def _head(training: dict[str, Any]) -> str:
         f"{training['parameters']:,} parameters: ViT, merging, language model, all trained from random weights. "
         f"{len(steps)} steps of one pack, "
         f"{tokens / training['seconds']:,.0f} tokens/s ({training['waited_for_data_s']:.1f} of "
-        f"{training['seconds'] + training['waited_for_data_s']:.0f} s spent waiting for decoded clips). Then it was "
+        f"{training['seconds']:.0f} s spent waiting for the next pack). Then it was "
         f"asked {questions['held_out']} questions about clips of the last quarter, of which it had seen nothing.</p>"
         f'<p class="note">Ran: {ran}.</p></section>'
     )

@@ -300,8 +300,12 @@ def _save(part: Path, rows: list[Row]) -> None:
     }
     arrays["differs"] = np.array([row["differs"] for row in rows], dtype=bool)
     for name in (*RAGGED, "roots"):
+        # Names of files and of members of tars need not be Unicode.
         values = [
-            np.frombuffer(row[name].encode(), np.uint8) if isinstance(row[name], str) else row[name] for row in rows
+            np.frombuffer(row[name].encode(errors="backslashreplace"), np.uint8)
+            if isinstance(row[name], str)
+            else row[name]
+            for row in rows
         ]
         arrays[f"{name}_len"] = np.array([len(value) for value in values], dtype=np.int64)
         arrays[name] = np.concatenate(values)

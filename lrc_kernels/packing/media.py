@@ -9,6 +9,8 @@ from pathlib import Path
 
 # 8K video has 33 million pixels. A header may claim any size, and memory is taken by what it claims.
 MAX_PIXELS = 2**26
+# 48 days. A header may claim any duration too, and what is kept of each second takes memory by it.
+MAX_SECONDS = 2**22
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,15 @@ def read_lengths(path: Path) -> dict[str, npt.NDArray[Any]]:
     """
     if path.is_dir():
         return Index.load(path).lengths()
-    if path.suffix == ".npy":
-        return _named(np.load(path, allow_pickle=False), path)
-    if path.suffix == ".json":
-        data = json.loads(path.read_text(encoding="utf-8"))
+    if path.suffix in (".npy", ".json"):
+        try:
+            data = (
+                np.load(path, allow_pickle=False)
+                if path.suffix == ".npy"
+                else json.loads(path.read_text(encoding="utf-8"))
+            )
+        except (ValueError, EOFError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
         if isinstance(data, dict):
             return {str(name): np.asarray(values) for name, values in data.items()}
         return _named(np.asarray(data), path)
@@ -78,5 +83,6 @@ def read_lengths(path: Path) -> dict[str, npt.NDArray[Any]]:
 def _named(table: npt.NDArray[Any], path: Path) -> dict[str, npt.NDArray[Any]]:
     if table.ndim not in (1, 2) or (table.ndim == 2 and not 1 <= table.shape[1] <= len(COLUMNS)):
         raise ValueError(f"{path} must hold [n] or [n, 1 to {len(COLUMNS)}] integers, got shape {list(table.shape)}")
-    table = table.reshape(table.shape[0], -1)
+    if table.ndim == 1:
+        return {COLUMNS[0]: table}
     return dict(zip(COLUMNS, np.ascontiguousarray(table.T), strict=False))

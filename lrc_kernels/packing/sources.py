@@ -72,7 +72,7 @@ class JsonSource:
         self.path = Path(path)
         try:
             entries = json.loads(self.path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}: must be JSON: {error}") from None
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f'{self.path}: must be {{name: {{"root", "annotation"}}}}, got {type(entries).__name__}')
@@ -109,23 +109,31 @@ class _Entry:
         if ("annotation" in entry) == ("shards" in entry):
             raise ValueError(f'{where}: must have one of "annotation" and "shards", got {sorted(entry)}')
         repeat = entry.get("repeat_time", 1)
-        if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or repeat < 1 or repeat != int(repeat):
+        if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not (repeat >= 1 and repeat % 1 == 0):
             raise ValueError(f"{where}: repeat_time must be a whole number >= 1, got {repeat!r}")
         # Both would change what is read, so neither is passed over in silence.
         if entry.get("data_augment") not in (None, False):
             raise ValueError(f"{where}: data_augment must be false, got {entry['data_augment']!r}")
         if entry.get("sampling_strategy", "all") != "all":
             raise ValueError(f'{where}: sampling_strategy must be "all", got {entry["sampling_strategy"]!r}')
-        annotation = config.parent / entry["annotation"] if "annotation" in entry else None
-        if annotation is not None and not annotation.is_file():
+        if "shards" in entry:
+            return cls(root, None, cls._shards(where, entry["shards"], root), int(repeat))
+        if not isinstance(entry["annotation"], str):
+            raise ValueError(f"{where}: annotation must be a path, got {entry['annotation']!r}")
+        annotation = config.parent / entry["annotation"]
+        if not annotation.is_file():
             raise FileNotFoundError(f"{where}: no such annotation: {annotation}")
-        return cls(root, annotation, cls._shards(where, entry.get("shards"), root), int(repeat))
+        return cls(root, annotation, (), int(repeat))
 
     @staticmethod
     def _shards(where: str, names: Any, root: Path) -> tuple[Path, ...]:
-        if names is None:
-            return ()
-        found = sorted(root.glob(names)) if isinstance(names, str) else [root / str(name) for name in names]
+        listed = [names] if isinstance(names, str) else names
+        if not isinstance(listed, list) or not all(isinstance(name, str) and name for name in listed):
+            raise ValueError(f"{where}: shards must be a pattern or a list of paths, got {names!r}")
+        for name in listed:
+            if os.path.isabs(name) or ".." in Path(name).parts:
+                raise ValueError(f"{where}: shards must lie under {root}, without .. and not absolute, got {name!r}")
+        found = sorted(root.glob(names)) if isinstance(names, str) else [root / name for name in names]
         if not found or not all(path.is_file() for path in found):
             raise FileNotFoundError(f"{where}: shards must name files under {root}, got {names!r}")
         return tuple(found)
@@ -135,10 +143,9 @@ class _Entry:
         digest.update(f"{self.root.resolve()} {self.repeat}\n".encode())
         count = 0
         if self.annotation is not None:
-            with self.annotation.open("rb") as lines:
-                for line in lines:
-                    digest.update(line)
-                    count += bool(line.strip())
+            for _, line in self._lines(self.annotation):
+                digest.update(line)
+                count += bool(line.strip())
         for shard in self.shards:
             stat = shard.stat()
             digest.update(f"{shard} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -148,15 +155,20 @@ class _Entry:
 
     def samples(self) -> Iterator[SourceSample | ValueError]:
         assert self.annotation is not None
-        with self.annotation.open("rb") as file:
+        for where, line in self._lines(self.annotation):
+            if line.strip():
+                yield _parsed(where, line, self.root)
+
+    @staticmethod
+    def _lines(annotation: Path) -> Iterator[tuple[str, bytes]]:
+        with annotation.open("rb") as file:
             number = 0
             while line := file.readline(MAX_RECORD_BYTES + 1):
                 number += 1
-                where = f"{self.annotation}:{number}"
+                where = f"{annotation}:{number}"
                 if len(line) > MAX_RECORD_BYTES:
                     raise ValueError(f"{where}: a line must have at most {MAX_RECORD_BYTES} bytes")
-                if line.strip():
-                    yield _parsed(where, line, self.root)
+                yield where, line
 
     def members(self) -> Iterator[SourceSample | ValueError]:
         for shard in self.shards:
@@ -205,6 +217,7 @@ def _parsed(
         video = record.get("video") if shard is None else shard if span else None
         if video is not None and not isinstance(video, str):
             raise ValueError(f"video must be one path, got {video!r}")
+        _check_unicode("video", video or "")
         start, end = _part(record)
         duration = _seconds("duration", record.get("duration"))
         if duration is not None and duration <= 0:
@@ -222,14 +235,19 @@ def _turns(conversations: Any) -> tuple[tuple[str, str], ...]:
     for i, turn in enumerate(conversations):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ValueError(f'conversations[{i}] must have "value", a text, got {turn!r}')
-        if turn.get("from") not in _ROLES:
-            raise ValueError(f'conversations[{i}]: "from" must be human, gpt or system, got {turn.get("from")!r}')
-        try:
-            turn["value"].encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"conversations[{i}] must be valid Unicode, got a lone surrogate") from None
-        turns.append((_ROLES[turn["from"]], turn["value"]))
+        speaker = turn.get("from")
+        if not isinstance(speaker, str) or speaker not in _ROLES:
+            raise ValueError(f'conversations[{i}]: "from" must be human, gpt or system, got {speaker!r}')
+        _check_unicode(f"conversations[{i}]", turn["value"])
+        turns.append((_ROLES[speaker], turn["value"]))
     return tuple(turns)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be valid Unicode, got a lone surrogate") from None
 
 
 def _part(record: dict[str, Any]) -> tuple[float | None, float | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrc_kernels.packing.media import MAX_PIXELS, MediaSlice
+from lrc_kernels.packing.media import MAX_PIXELS, MAX_SECONDS, MediaSlice
 
 if TYPE_CHECKING:
     import av
@@ -335,13 +336,14 @@ class VideoStream:
         """Seconds of the video stream; the file's own duration would count longer audio too."""
         if self._stream.duration:
             duration = float(self._stream.duration * self._time_base)
-        elif tag := self._stream.metadata.get("DURATION"):
-            hours, minutes, seconds = tag.split(":")
-            duration = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        elif tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d*)?)", self._stream.metadata.get("DURATION", "")):
+            duration = 3600 * float(tag[1]) + 60 * float(tag[2]) + float(tag[3])
         else:
             duration = self._measured_duration()
         if not (math.isfinite(duration) and duration > 0):
             raise ValueError(f"the video stream of {self.path} has no duration, got {duration} s")
+        if duration > MAX_SECONDS:
+            raise ValueError(f"{self.path} claims to last {duration:g} s, more than {MAX_SECONDS} are refused")
         return duration
 
     def _measured_duration(self) -> float:

@@ -78,13 +78,15 @@ class Encoder:
     """Tokenises conversations by one template.
 
     Raises:
-        ValueError: a tokenizer without "<IMG_CONTEXT>".
+        TypeError: what is no Tokenizer. ValueError: a tokenizer without "<IMG_CONTEXT>".
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate = field(default_factory=ChatTemplate)
 
     def __post_init__(self) -> None:
+        if missing := [name for name in ("special_tokens", "encode") if not hasattr(self.tokenizer, name)]:
+            raise TypeError(f"tokenizer must have {missing[0]}, got {type(self.tokenizer).__name__}")
         special = self.tokenizer.special_tokens
         if VISUAL_TOKEN not in special:
             raise ValueError(f"tokenizer must have {VISUAL_TOKEN} among its special_tokens, got {', '.join(special)}")

@@ -97,6 +97,10 @@ def test_answers_stand_beside_the_truth(out: Path, figures: dict[str, Any]) -> N
     training, page = figures["training"], (out / "report.html").read_text()
     assert training["questions"] == {"train": 3 * 120, "held_out": 3 * 20}
     assert set(training["accuracy"]) == {"digit", "order", "quadrant"}
+    steps = training["steps"]
+    assert training["seconds"] == pytest.approx(sum(step["seconds"] + step["waited_s"] for step in steps))
+    rate = sum(step["tokens"] for step in steps) / training["seconds"]
+    assert f"{rate:,.0f} tokens/s ({training['waited_for_data_s']:.1f} of {training['seconds']:.0f} s" in page
     for entry in training["accuracy"].values():
         assert entry["questions"] == 20 and entry["accuracy"] == entry["right"] / 20
     table = re.search(r'<table class="accuracy">(.*?)</table>', page)
@@ -162,6 +166,17 @@ def test_video_too_short_to_train_on_gets_one_line(tmp_path: Path, capsys: pytes
     assert demo.main(["--video", "synthetic:1.5", "--out", str(tmp_path)]) == 2
     message = capsys.readouterr().err.strip()
     assert message == "examples.demo: training needs a video of at least 1.6 s, got 1.5 s: --steps 0 skips it"
+
+
+def test_a_folder_that_cannot_be_made_stops_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from examples import demo
+
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--video", "synthetic:4", "--out", str(tmp_path / "file")]) == 2
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and "File exists" in message and str(tmp_path / "file") in message
 
 
 def test_outlines_separate_groups_and_keep_their_colour() -> None:

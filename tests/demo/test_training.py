@@ -121,6 +121,34 @@ def test_held_out_shots_lie_behind_those_that_are_trained_on(duration: float) ->
     assert np.array_equal(train[0][2], train[0][1]) and len(asked) >= q.SHORTEST
 
 
+def test_no_frame_is_in_both_parts_of_a_slide_show() -> None:
+    """What is on show when the last quarter begins was learnt, and a damaged frame shows none of another shot."""
+
+    def read(times: np.ndarray, damaged: int = 0) -> DecodedVideo:
+        pts = torch.from_numpy(np.floor(times * 0.4) / 0.4)
+        behind = torch.from_numpy(times >= 30).cumsum(0)
+        frames = pts.to(torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4).clone()
+        return DecodedVideo(frames, pts, (behind == 0) | (behind > damaged))
+
+    for damaged in (0, 20):
+        train, held_out = q.read_shots(41.0, lambda times, damaged=damaged: read(times, damaged))
+        learnt, asked = ({*np.concatenate(part).ravel().tolist()} for part in (train, held_out))
+        assert learnt and asked and not learnt & asked and min(asked) >= 0.75 * 41 - 1
+    with pytest.raises(ValueError, match=r"6 frames in a row to learn from .* got at most 30 and 0: --steps 0 skips"):
+        q.read_shots(41.0, lambda times: read(times, 1000))
+
+
+def test_answers_stay_balanced_where_some_clips_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = q.find_motion
+    calls = iter(range(1000))
+    monkeypatch.setitem(q.MAKERS, "quadrant", lambda *given: None if next(calls) % 4 == 1 else found(*given))
+    questions = q.write_questions(
+        [make_shot(0)], tmp_path / "a", per_kind=16, size=SIZE, seed=0, progress=lambda *_: None
+    )
+    answers = [question.answer for question in questions if question.kind == "quadrant"]
+    assert [answers.count(answer) for answer in q.KINDS["quadrant"].answers] == [3, 3, 3, 3]
+
+
 def test_a_video_too_short_to_hold_clips_out_says_what_is_needed() -> None:
     with pytest.raises(ValueError, match=r"at least 1.6 s, got 1.5 s: --steps 0 skips it"):
         q.read_shots(1.5, lambda times: pytest.fail("nothing must be read"))

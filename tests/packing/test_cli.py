@@ -41,6 +41,17 @@ def test_the_table_says_what_the_plan_says(tmp_path: Path, capsys: pytest.Captur
     assert rows["padded"][:6] == ["padded", "batches", "of", "8", "-", f"{sum(LENGTHS) / (90 * len(LENGTHS)):.4f}"]
 
 
+def test_lengths_that_are_none_or_unreadable(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "none.json").write_text("[]")
+    assert main(["plan", str(tmp_path / "none.json"), *SMALL]) == 0
+    assert "0 samples, 0 packed" in capsys.readouterr().out
+    (tmp_path / "a.json").write_text("[[")
+    (tmp_path / "a.npy").write_bytes(b"xx")
+    for name in ("a.json", "a.npy"):
+        assert main(["plan", str(tmp_path / name), *SMALL]) == 1
+        assert f"{name} cannot be read: " in capsys.readouterr().err
+
+
 def test_every_kind_of_file_reads_alike(tmp_path: Path) -> None:
     table = np.array([[10, 2, 5], [20, 3, 0], [30, 0, 30]])
     np.save(tmp_path / "a.npy", table)

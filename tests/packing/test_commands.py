@@ -49,6 +49,7 @@ def test_bench_decode(tmp_path, capsys):
         (["index", "none.json", "out", "--tokenizer", "bytes"], "--tokenizer must be MODULE:NAME, got 'bytes'"),
         (["index", "none.json", "out", "--tokenizer", "no.such:one"], "cannot be imported: No module named 'no'"),
         (["index", "none.json", "out", "--tokenizer", "json:none"], "cannot be imported: module 'json' has no"),
+        (["index", __file__, "out", "--tokenizer", "builtins:int"], "test_commands.py: must be JSON"),
         (["verify", "none"], "no index at none"),
         (["bench-decode", "none.mp4"], "no such video file: none.mp4"),
         (["bench-decode", "none.mp4", "--frames", "0"], "--frames must be >= 1, got 0"),

@@ -15,7 +15,7 @@ import pytest
 
 from lrc_kernels.packing import Index, IndexStaleError, build_index, decode_frames, plan_packs, probe_video
 from lrc_kernels.packing import build as build_module
-from lrc_kernels.packing.sources import SourceSample
+from lrc_kernels.packing.sources import JsonSource, SourceSample
 from lrc_kernels.packing.template import ChatTemplate, Encoder, MediaTokenMismatch
 from tests.packing.datasets import (
     SAMPLING,
@@ -193,6 +193,8 @@ def test_bad_videos_are_counted_and_left_out(data):
             {"conversations": [{"from": "gpt", "value": "b"}], "video": "v0.mp4"},
             "placeholders for frames must be 8, got 0",
         ),
+        ({"conversations": [{"from": ["human"], "value": "b"}]}, r"\"from\" must be .* got \['human'\]"),
+        (talk("a", "b", video="\ud800.mp4"), "video must be valid Unicode"),
         ({"conversations": [{"from": "human", "value": 5}]}, r'conversations\[0\] must have "value", a text'),
         (talk("\ud800", "b"), "must be valid Unicode"),
         ([1], "must be an object, got list"),
@@ -226,11 +228,26 @@ def test_files_that_are_no_annotations(data):
         ('{"a": {"root": "videos", "annotation": "set.jsonl", "repeat_time": 0.5}}', ValueError, "repeat_time must be"),
         ('{"a": {"root": "videos", "annotation": "set.jsonl", "data_augment": true}}', ValueError, "data_augment must"),
         ('{"a": {"root": "videos", "shards": "*.tar"}}', FileNotFoundError, "shards must name files"),
-    ]
+        ("[" * 100_000, ValueError, r"set\.json: must be JSON"),
+        ('{"a": {"root": "videos", "annotation": null}}', ValueError, "annotation must be a path, got None"),
+        ('{"a": {"root": "videos", "shards": null}}', ValueError, "shards must be a pattern or a list of paths"),
+        ('{"a": {"root": "videos", "shards": [5]}}', ValueError, "shards must be a pattern or a list of paths"),
+        *((f'{{"a": {{"root": "videos", "shards": {json.dumps(names)}}}}}', ValueError, "shards must lie under")
+          for names in ("/*.tar", "../*.tar", ["/a.tar"], ["../a.tar"])),
+        *((f'{{"a": {{"root": "videos", "annotation": "set.jsonl", "repeat_time": {times}}}}}', ValueError,
+           "repeat_time must be") for times in ("Infinity", "NaN")),
+    ]  # fmt: skip
     for text, error, message in cases:
         config.write_text(text)
         with pytest.raises(error, match=message):
             build(config, data / "index")
+
+
+def test_a_line_too_long_is_not_read_whole(data, monkeypatch):
+    config = write_dataset(data, [RECORDS[0], talk("x" * 2000, "y")])
+    monkeypatch.setattr("lrc_kernels.packing.sources.MAX_RECORD_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"set\.jsonl:2: a line must have at most 1000 bytes"):
+        JsonSource(config)
 
 
 def test_a_video_outside_of_its_root_where_that_is_allowed(data, tmp_path):
@@ -278,6 +295,20 @@ def test_videos_in_tars(data):
     (data / "tars" / "1.tar").write_bytes(broken[: media.offset + 1000])
     with pytest.raises(ValueError, match=r"1\.tar: must be a whole uncompressed tar"):
         build(config, data / "cut")
+
+
+def test_names_in_tars_that_are_not_unicode(data):
+    (data / "tars").mkdir()
+    record = json.dumps(talk("a", "b")).encode()
+    with tarfile.open(data / "tars" / "0.tar", "w") as tar:
+        for name in ("0.json", "\udcff.json"):
+            member = tarfile.TarInfo(name)
+            member.size = len(record)
+            tar.addfile(member, io.BytesIO(record))
+    config = data / "tars.json"
+    config.write_text('{"t": {"root": "tars", "shards": ["0.tar"]}}')
+    index = build(config, data / "index")
+    assert index.columns["status"].tolist() == [0, 0] and index.where(1).endswith(r"0.tar:\udcff.json")
 
 
 def test_any_source(tmp_path, videos):
@@ -351,6 +382,8 @@ def test_bad_arguments(data):
         build_index(config, 5, ByteTokenizer(), data / "index")
     with pytest.raises(ValueError, match="frame must hold {visual} exactly once, got 'f'"):
         ChatTemplate(frame="f")
+    with pytest.raises(TypeError, match="tokenizer must have special_tokens, got int"):
+        build_index(config, SAMPLING, 5, data / "index")
     tokenizer = ByteTokenizer()
     tokenizer.special_tokens = {"<img>": 1}
     with pytest.raises(ValueError, match="tokenizer must have <IMG_CONTEXT> among its special_tokens, got <img>"):

@@ -143,6 +143,21 @@ def test_a_huge_frame_is_refused_before_memory_is_taken(tmp_path, side, message)
         probe_video(path)
 
 
+def test_a_huge_duration_is_refused_before_memory_is_taken(tmp_path):
+    path = write_video(tmp_path / "years.mkv", [0, 100, 200, 10**11])
+    for read in (probe_video, video_activity):
+        with pytest.raises(ValueError, match=r"years\.mkv claims to last 1e\+08 s, more than 4194304 are refused"):
+            read(path)
+
+
+def test_a_duration_that_cannot_be_read_is_measured(tmp_path):
+    path = write_video(tmp_path / "a.mkv", [100 * i for i in range(10)])
+    duration_s, data = probe_video(path).duration_s, path.read_bytes()
+    assert b"00:00:01." in data
+    path.write_bytes(data.replace(b"00:00:01.", b"00-00-01."))
+    assert probe_video(path).duration_s == pytest.approx(duration_s, abs=0.01)
+
+
 def test_a_playlist_is_not_followed(tmp_path):
     target = write_video(tmp_path / "secret.mp4", [0, 100, 200])
     playlist = tmp_path / "playlist.mp4"
