@@ -104,7 +104,7 @@ def _packing(training: dict[str, Any]) -> str:
         for name, kind, share in (("packed", "", packs), ("padded", ' class="rest"', padded))
     )
     return (
-        f'<section><h3>Tokens of samples among the tokens computed</h3><div class="bars">{rows}</div>'
+        f'<section><h3>Room that tokens of samples fill</h3><div class="bars">{rows}</div>'
         f'<p class="note">{facts["packs"]} packs of {facts["max_tokens"]:,} tokens hold samples of {facts["shortest"]} '
         f"to {facts['longest']} tokens. Padding the same samples in the same order to the longest of each batch of "
         f"{facts['padded_batch']} would compute {packs / padded:.2f}× as many tokens.</p></section>"
