@@ -49,7 +49,9 @@ class ScoreBlocks(NamedTuple):
 
 
 def rows_of_ranks(plan: SequencePlan) -> list[Tensor]:
-    """`local_indices` of every rank, ring-major."""
+    """`local_indices` of every rank, ring-major: int64 [T_local] each; TypeError where it is no plan."""
+    if not isinstance(plan, SequencePlan):
+        raise TypeError(f"plan must be a SequencePlan, got {type(plan).__name__}")
     return [plan.local_indices(r, u) for r in range(plan.ring) for u in range(plan.ulysses)]
 
 

@@ -55,13 +55,17 @@ def place(plan: SequencePlan, mesh: DeviceMesh) -> tuple[int, int]:
     """(ring rank, ulysses rank) of this process.
 
     Raises:
-        ValueError: a mesh whose degrees are not those of the plan.
+        TypeError: no plan, no mesh. ValueError: a mesh whose degrees are not those of the plan.
     """
+    if not isinstance(plan, SequencePlan):
+        raise TypeError(f"plan must be a SequencePlan, got {type(plan).__name__}")
     return ranks_of(mesh).place(plan.ring, plan.ulysses)
 
 
 def degree_of(mesh: DeviceMesh, name: str) -> int:
-    """Ranks of a dimension of the mesh, 1 where it has none of that name."""
+    """Ranks of a dimension of the mesh, 1 where it has none of that name; TypeError where it is no mesh."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     return mesh[name].size() if name in (mesh.mesh_dim_names or ()) else 1
 
 

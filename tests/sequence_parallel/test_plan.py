@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrc_kernels import VarlenLayout
+from lrc_kernels import VarlenLayout, sequence_parallel
 from lrc_kernels.sequence_parallel import Mask, plan_sequence
 from lrc_kernels.sequence_parallel.encoding import decode
 from lrc_kernels.sequence_parallel.heads import head_layout
@@ -238,6 +238,24 @@ def test_bad_arguments_are_named(options, message):
     arguments = {"layout": VarlenLayout([3, 4]), "ring": 2, **HEADS, **options}
     with pytest.raises((TypeError, ValueError), match=message):
         plan_sequence(arguments.pop("layout"), **arguments)
+
+
+def test_what_is_no_plan_or_no_mesh_is_named():
+    plan = plan_sequence(VarlenLayout([5]), ring=1, num_heads=1, num_kv_heads=1, head_dim=8)
+    x = torch.zeros(5, 1, 8)
+    for call in (
+        lambda: sequence_parallel.place(plan, "cpu"),
+        lambda: sequence_parallel.degree_of("cpu", "ring"),
+        lambda: sequence_parallel.shard(x, plan, None),
+        lambda: sequence_parallel.sum_over_ranks(x, None),
+        lambda: sequence_parallel.sum_gradients([torch.nn.Parameter(x)], None),
+        lambda: sequence_parallel.sequence_parallel_attention(x, x, x, plan, None),
+    ):
+        with pytest.raises(TypeError, match="mesh must be a DeviceMesh, got"):
+            call()
+    for call in (lambda: sequence_parallel.place([5], None), lambda: sequence_parallel.rows_of_ranks([5])):
+        with pytest.raises(TypeError, match="plan must be a SequencePlan, got list"):
+            call()
 
 
 def test_ranks_outside_the_mesh_are_refused():
