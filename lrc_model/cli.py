@@ -84,27 +84,34 @@ def _model(args: argparse.Namespace, config: LRCConfig) -> LRCModel:
     return LRCModel.from_config(config, device=device, dtype=dtype or torch.float32)
 
 
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(length) for length in text.split(","))
+
+
 def _prefill(args: argparse.Namespace) -> int:
-    config = _config(args)
+    config, most = _config(args), max(args.frames)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
     total, dtype = total_memory(_device(args)), _dtype(args) or read_dtype(args.checkpoint, config)
-    cost = check_fits(config, args.frames, total, frame_text=args.frame_text, bytes_per_value=dtype.itemsize)
+    cost = check_fits(config, most, total, frame_text=args.frame_text, bytes_per_value=dtype.itemsize)
     print(f"planned: {cost.memory / GIB:.1f} GiB of {total * USABLE / GIB:.1f} GiB usable", flush=True)
     model = _model(args, config)
     options = {"video": args.video, "frame_text": args.frame_text, "chunk": args.chunk, "chunk_clips": args.chunk_clips}
     falls: dict[str, Waterfall] = {}
-    for name in ("ours", *ABLATIONS) if args.ablate else ("ours",):
-        result = run_form(model, name, args.frames, **options)
-        print(f"{name}: {result}\n", flush=True)
-        if isinstance(result, Waterfall):
-            falls[name] = result
+    for frames in args.frames:
+        for name in ("ours", *ABLATIONS) if args.ablate else ("ours",):
+            result = run_form(model, name, frames, **options)
+            print(f"{name}: {result}\n", flush=True)
+            if isinstance(result, Waterfall):
+                falls[name if len(args.frames) == 1 else f"{name}, {frames} frames"] = result
     if not falls:
-        raise ValueError(f"--frames {args.frames} must fit the memory: see `lrc-model plan`")
-    curve = memory_curve(model, args.frames, **options) if args.curve else {}
+        raise ValueError(f"--frames {most} must fit the memory: see `lrc-model plan`")
+    if args.out is not None:
+        _write(args.out, falls, {})
+    curve = memory_curve(model, most, **options) if args.curve else {}
     for name, points in curve.items():
         print(f"{name:<18}", *(f"{frames}: {peak / GIB:.2f} GiB" for frames, peak in points), sep="  ")
-    if args.out is not None:
+    if args.out is not None and curve:
         _write(args.out, falls, curve)
     return 0
 
@@ -176,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     one = command("prefill", _prefill, "read a video of any length, and show where time and memory go")
-    one.add_argument("--frames", type=int, default=10000)
+    one.add_argument("--frames", type=_lengths, default=(10000,), help="or several lengths: 1000,3000 (10000)")
     one.add_argument("--video", type=Path, help="sample the frames from this file (default: noise)")
     one.add_argument("--frame-text", action="store_true", help="with nine words per frame, as in the public template")
     one.add_argument("--dropout", choices=["config", "paper"], default="config", help="token dropout inside the LLM")

@@ -41,6 +41,7 @@ def install_interpreter() -> str | None:
         interpreter = importlib.import_module("triton.runtime.interpreter")
         _repair_dot(interpreter)
         _repair_cast(interpreter)
+        _repair_index(interpreter)
         _refuse_bfloat16(interpreter)
         _tune_without_driver(importlib.import_module("triton.runtime.autotuner").Autotuner)
         _installed = True
@@ -96,6 +97,17 @@ def _repair_cast(interpreter: Any) -> None:
         return handle(rounded.reshape(src.data.shape), tl.bfloat16)
 
     builder.cast_impl = cast_impl
+
+
+def _repair_index(interpreter: Any) -> None:
+    """A scalar of a kernel is an array of one element, which Triton before 3.7 hands to int() and NumPy 2.4 refuses."""
+    original = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def _refuse_bfloat16(interpreter: Any) -> None:

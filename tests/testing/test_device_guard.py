@@ -49,8 +49,7 @@ def calls():
     layout, row = VarlenLayout([128, 44]), torch.tensor([127, 43], dtype=torch.int32)
     q, k, table = torch.randn(2, 4, 16), torch.randn(172, 2, 16), torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     return {
-        **sanitize.tome_calls(torch.float32, 64, 32),
-        **sanitize.attention_calls(torch.float32, 64, 32),
+        **sanitize.all_calls(sanitize.Inputs(torch.float32), 64, 32),
         "block_statistics": lambda: block_statistics(q, k, layout, row),
         "block_factors": lambda: block_factors(torch.zeros(2, 2, 4, 1), layout, row),
         "block_scores": lambda: block_scores(q, k, layout, row, torch.ones(2, 4)),
