@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every shipped kernel for GPUs that need not be here, and holds the result to tests/compile/budgets.toml.
 
-In: the COMPILE_CASES of each triton_*cases.py, and csrc/**/*.cu where nvcc (or a built _C module with CUDA) is found.
+In: the COMPILE_CASES of each triton_*cases.py, and the CUDA C++ kernels: of the built _C module where it is newer than
+their sources, else compiled where nvcc is found.
 Out: a table of registers, spills, shared memory and matrix instructions; exit code 1 where one exceeds its budget.
 `--update` writes the register limits anew.
 """
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -202,17 +204,23 @@ def check_triton(modules: dict[str, ModuleType], archs: list[str], cache: Path) 
     return results, failures
 
 
-def check_cuda(archs: list[str], cache: Path) -> tuple[list[Result], str]:
-    """Registers and spills of the CUDA C++ kernels, the most over a kernel's template instances, and their origin."""
-    archs = [arch for arch in archs if arch in NVCC_TARGETS]
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    built = [path for path in sorted((ROOT / "lrc_kernels").glob("_C*.so")) if b"sm_90a" in path.read_bytes()]
-    if nvcc is None and not built:
-        return [], "CUDA C++ kernels left out: no nvcc and no built _C module with CUDA"
-    rows: list[tuple[str, str, int, int, int]] = []
-    headers = [*(ROOT / "csrc").glob("**/*.cuh"), *(ROOT / "csrc" / "include").glob("**/*.h")]
-    for source in sorted((ROOT / "csrc").glob("*/*.cu")) if nvcc else []:
-        text = [file.read_text() for file in [source, *sorted(headers), Path(__file__)]]
+def built_rows(archs: list[str]) -> list[tuple[str, str, int, int, int]]:
+    """What `resource_usage` says of the built _C module; nothing where it is older than a source or lacks an arch."""
+    newest = max(path.stat().st_mtime for path in [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*")])
+    for path in (ROOT / "lrc_kernels").glob("_C*.so"):
+        if path.stat().st_mtime > newest and b"sm_90a" in path.read_bytes():
+            rows = resource_usage(path)
+            if {arch for arch, *_ in rows} >= set(archs):
+                return rows
+    return []
+
+
+def compiled_rows(nvcc: str, archs: list[str], cache: Path) -> list[tuple[str, str, int, int, int]]:
+    """What `resource_usage` says of csrc/**/*.cu; what the cache holds is not compiled again."""
+    headers = sorted([*(ROOT / "csrc").glob("**/*.cuh"), *(ROOT / "csrc" / "include").glob("**/*.h"), Path(__file__)])
+
+    def compiled(source: Path) -> list[tuple[str, str, int, int, int]]:
+        text = [file.read_text() for file in [source, *headers]]
         key = cache / f"{digest(*text, *archs, _nvcc_version(nvcc))}.json"
         if not key.exists():
             with tempfile.TemporaryDirectory() as folder:
@@ -224,9 +232,24 @@ def check_cuda(archs: list[str], cache: Path) -> tuple[list[Result], str]:
                 if run.returncode != 0:
                     raise SystemExit(f"compile_check: {source.relative_to(ROOT)} does not compile:\n{run.stderr}")
                 key.write_text(json.dumps(resource_usage(target)))
-        rows += [tuple(row) for row in json.loads(key.read_text())]
-    if nvcc is None:
-        rows = [row for path in built for row in resource_usage(path)]
+        return [tuple(row) for row in json.loads(key.read_text())]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(compiled, sorted((ROOT / "csrc").glob("*/*.cu"))) for row in rows]
+
+
+def check_cuda(archs: list[str], cache: Path) -> tuple[list[Result], str]:
+    """Registers and spills of the CUDA C++ kernels, the most over a kernel's template instances, and their origin."""
+    archs = [arch for arch in archs if arch in NVCC_TARGETS]
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    rows, origin = built_rows(archs), "read from the built _C module"
+    if not rows and nvcc is None:
+        return (
+            [],
+            f"CUDA C++ kernels left out: no nvcc and no _C module built from these sources for {', '.join(archs)}",
+        )
+    if not rows:
+        rows, origin = compiled_rows(nvcc, archs, cache), f"compiled by {_nvcc_version(nvcc)}"
     largest: dict[tuple[str, str], Result] = {}
     for arch, function, registers, stack, shared in rows:
         name = kernel_name(function)
@@ -234,7 +257,7 @@ def check_cuda(archs: list[str], cache: Path) -> tuple[list[Result], str]:
             old = largest.get((name, arch), Result(name, arch, 0, 0, 0, "", False))
             maxima = (max(old.registers, registers), max(old.stack, stack), max(old.shared, shared))
             largest[name, arch] = Result(name, arch, *maxima, "", False)
-    return list(largest.values()), f"CUDA C++ kernels compiled by {_nvcc_version(nvcc)}" if nvcc else f"read {built}"
+    return list(largest.values()), f"CUDA C++ kernels {origin}"
 
 
 def kernel_name(mangled: str) -> str:

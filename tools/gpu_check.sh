@@ -167,13 +167,13 @@ bench dropout benchmarks/test_attention_scores.py::{test_attention_scores\[160k-
 step ablation 120 "lrc_model/cli.py" "$PYTHON -m lrc_model.cli prefill --preset tiny --frames 64 --device cpu --ablate" \
   "$PYTHON" -m lrc_model.cli prefill --frames 512 --dropout paper --ablate --curve --out "$work/ablation"
 
-# What runs a kernel on the device, three functions a process: a sticky CUDA error reaches no other.
-mapfile -t tests < <(grep -rlE 'mark\.(triton|gpu)\b|cuda_unavailable' tests --include='test_*.py' | grep -v ^tests/compile/ | sort)
+# What runs a kernel on the device, three functions a process, so that a sticky CUDA error reaches no other.
+mapfile -t tests < <(grep -rlE 'mark\.(triton|gpu)\b' tests --include='test_*.py' | grep -v ^tests/compile/ | sort)
 # shellcheck disable=SC2016
 step test 300 "python:pytest python:hypothesis" "$PYTHON -m pytest -q --collect-only -p no:cacheprovider ${tests[*]}" \
-  bash -c 'set -o pipefail; "$PYTHON" -m pytest -q --collect-only -m "not slow" -p no:cacheprovider "$@" |
+  bash -c 'set -o pipefail; "$PYTHON" -m pytest -q --collect-only -m "triton or gpu" -p no:cacheprovider "$@" |
     sed -n "s/^\(tests[^ []*::[^ []*\).*/\1/p" | sort -u | xargs -P "$(nproc)" -n 3 bash -c '\''
-    each "test_$$" "$PYTHON" -m pytest -q --tb=short -m "not slow" -p no:cacheprovider "$@"'\'' _' _ "${tests[@]}"
+    each "test_$$" "$PYTHON" -m pytest -q --tb=short -m "triton or gpu" -p no:cacheprovider "$@"'\'' _' _ "${tests[@]}"
 
 # Without torch's caching allocator an access past a tensor leaves its allocation, which memcheck then sees.
 # shellcheck disable=SC2016

@@ -72,12 +72,17 @@ def attention_calls(inputs: Inputs, tokens: int, width: int) -> Calls:
     selection = select_tokens(layout, droppable, budget, mode="topk", scores=scores)
     residual, weight = features(rows, 2 * width), features(2 * width)
     ids = {"cu_seqlens_k": layout, "query_sequence": sequence, "query_position": position}
-    whole = VarlenLayout([rows], device)
+    whole, steps = (
+        VarlenLayout([rows], device),
+        {"cu_seqlens_q": VarlenLayout([1, 1, 1], device), "cu_seqlens_k": layout},
+    )
     return {
         "varlen_attention": lambda: varlen_attention(q, k, v, cu_seqlens_q=layout),
         "varlen_attention, window": lambda: varlen_attention(q, k, v, cu_seqlens_q=layout, window=(9, 0)),
         "varlen_attention, one sequence": lambda: varlen_attention(q, equal_k, equal_v, cu_seqlens_q=whole),
         "varlen_attention, lse": lambda: varlen_attention_forward(q, k, v, cu_seqlens_q=layout)[1].to(q.dtype),
+        "varlen_attention, decode": lambda: varlen_attention(q[:3], k, v, **steps),
+        "varlen_attention, decode, lse": lambda: varlen_attention_forward(q[:3], k, v, **steps)[1].to(q.dtype),
         "merge_partials": lambda: merge_partials(out, lse, out, lse)[0],
         "attention_scores": lambda: attention_scores(q[asking], k, **ids),
         "attention_column_sums": lambda: attention_column_sums(q, k, lse, cu_seqlens_q=layout, cu_seqlens_k=layout),
@@ -151,7 +156,7 @@ def results_of(call: Callable[[], Tensor], name: str, title: str) -> list[Tensor
 
 
 def check(name: str, only: str | None, dtype: torch.dtype, tokens: int, width: int, device: torch.device | str) -> int:
-    """Op calls that ran on that backend, all of them right. The references run on the CPU, which no kernel can spoil."""
+    """Op calls that ran on that backend, all of them right. References run on the CPU, which no kernel can spoil."""
     exact, same = (all_calls(Inputs(dtype, "cpu", wide), tokens, width) for wide in (torch.float64, dtype))
     ran_on = 0
     for op, call in all_calls(Inputs(dtype, device), tokens, width).items():
@@ -191,13 +196,12 @@ def check_each(names: list[str], ops: list[str]) -> int:
         command = [sys.executable, __file__, name, "--op", op]
         try:
             process = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS)
-            said, ended = process.stdout + process.stderr, process.returncode
+            said, errors, ended = process.stdout, process.stderr, process.returncode
         except subprocess.TimeoutExpired:
-            said, ended = f"hangs: stopped after {PROCESS_SECONDS} s", 1
-        last = next(reversed(said.strip().splitlines()), "")
-        absent = ended == 1 and last == f"0 op calls ran on {name}"
+            said, errors, ended = "", f"hangs: stopped after {PROCESS_SECONDS} s", 1
+        absent = said.endswith(f"\n0 op calls ran on {name}\n")
         verdict = "left out" if absent else "FAILED" if ended else "ok"
-        reason = f": exit {ended}: {last}" if verdict == "FAILED" else ""
+        reason = f": exit {ended}: {[said, *errors.strip().splitlines()][-1]}" if verdict == "FAILED" else ""
         print(f"{verdict:<8} {name} {op} {time.monotonic() - started:.0f} s{reason}", flush=True)
         return verdict == "FAILED"
 
@@ -219,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--op must be one of {', '.join(ops)}, got {options.op}")
     if options.each:
         return 1 if check_each(options.backends, [options.op] if options.op else ops) else 0
-    return 0 if all([check_all(name, options.op) for name in options.backends]) else 1
+    return 0 if all(check_all(name, options.op) for name in options.backends) else 1
 
 
 if __name__ == "__main__":

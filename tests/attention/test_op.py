@@ -334,13 +334,14 @@ def test_bad_input(case):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.triton)])
-def test_a_bound_longer_than_any_sequence_is_none(make_problem, backend):
-    problem = make_problem("self", head_dim=16)
+def test_a_bound_longer_than_any_sequence_is_none(make_problem, device, backend):
+    problem, where = make_problem("self", head_dim=16), device if backend == "triton" else "cpu"
+    q, k, v = (x.to(where) for x in (problem.q, problem.k, problem.v))
+    options = {**{name: layout.to(where) for name, layout in problem.options.items()}, "causal": False}
     with use_backend(backend):
-        wanted = varlen_attention(problem.q, problem.k, problem.v, **{**problem.options, "causal": False})
+        wanted = varlen_attention(q, k, v, **options)
         for far in (2**31 - 1, 2**31 - 20, 2**70):
-            options = {**problem.options, "causal": False, "window": (far, far)}
-            assert torch.equal(varlen_attention(problem.q, problem.k, problem.v, **options), wanted)
+            assert torch.equal(varlen_attention(q, k, v, **options, window=(far, far)), wanted)
 
 
 def test_a_state_of_other_sizes_or_devices_is_refused(make_problem):

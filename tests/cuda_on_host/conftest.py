@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
 class HostKernels:
@@ -53,12 +54,21 @@ def compile_for_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         pytest.skip("no C++ compiler (apt-get install g++)")
 
     def build(sources: list[Path], name: str, flags: tuple[str, ...] = ()) -> Path:
-        target = tmp_path_factory.mktemp("cuda_on_host") / name
-        include = [f"-I{folder}" for folder in (HERE / "include", ROOT / "csrc" / "include")]
-        command = [compiler, *FLAGS, *flags, *include, "-x", "c++", *map(str, sources), "-o", str(target)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        return target
+        folder = tmp_path_factory.mktemp("cuda_on_host")
+        include = [f"-I{path}" for path in (HERE / "include", ROOT / "csrc" / "include")]
+
+        def run(*command: str | Path) -> None:
+            done = subprocess.run([compiler, *FLAGS, *flags, *map(str, command)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+        def compiled(source: Path) -> Path:
+            target = folder / f"{source.parent.name}_{source.stem}.o"
+            run(*include, "-x", "c++", "-c", source, "-o", target)
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            run("-shared", *pool.map(compiled, sources), "-o", folder / name)
+        return folder / name
 
     return build
 

@@ -24,8 +24,10 @@ LENGTHS = [300, 0, 1, 40, 129, 255]
 ARRANGEMENTS = ("contiguous", "zigzag", "zigzag_per_seq", "balanced")
 
 
-def make_plan(arrangement, ring, ulysses, lengths=LENGTHS, **options):
-    return plan_sequence(VarlenLayout(lengths), ring=ring, ulysses=ulysses, arrangement=arrangement, **HEADS, **options)
+def make_plan(arrangement, ring, ulysses, lengths=LENGTHS, device="cpu", **options):
+    return plan_sequence(
+        VarlenLayout(lengths, device), ring=ring, ulysses=ulysses, arrangement=arrangement, **HEADS, **options
+    )
 
 
 def inputs(dtype, lengths=LENGTHS):
@@ -77,13 +79,13 @@ def test_fewer_rows_than_ranks():
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scores_have_the_bits_of_one_rank_in_triton(dtype):
+def test_scores_have_the_bits_of_one_rank_in_triton(device, dtype):
     lengths = [200, 0, 1, 30, 129, 20]
-    q, k, position = inputs(dtype, lengths)
-    plan = make_plan("balanced", 2, 1, lengths, chunk=50)
+    q, k, position = (x.to(device) for x in inputs(dtype, lengths))
+    plan = make_plan("balanced", 2, 1, lengths, device, chunk=50)
+    sequence = torch.arange(6, dtype=torch.int32, device=device)
     with use_backend("triton"), record() as ran:
-        one = attention_scores(q, k, cu_seqlens_k=plan.layout, query_sequence=torch.arange(6, dtype=torch.int32),
-                               query_position=position)  # fmt: skip
+        one = attention_scores(q, k, cu_seqlens_k=plan.layout, query_sequence=sequence, query_position=position)
         found, _ = scores_on_all_ranks(plan, q, k, position, "mean")
     assert {used for _, used in ran} == {"triton"}
     assert all(torch.equal(scores, one) for scores in found)

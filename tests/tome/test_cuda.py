@@ -9,9 +9,12 @@ from lrc_kernels.backend import record, use_backend
 from lrc_kernels.testing import assert_close, make_input
 from lrc_kernels.tome import TokenLayout, compress_clips, merge_budget, merge_tokens, native, plan_merge
 
-pytestmark = pytest.mark.skipif(
-    native.cuda_unavailable() is not None, reason=f"no CUDA kernels to run: {native.cuda_unavailable()}"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        native.cuda_unavailable() is not None, reason=f"no CUDA kernels to run: {native.cuda_unavailable()}"
+    ),
+]
 
 
 def on_cuda(function, *args, **options):

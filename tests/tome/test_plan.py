@@ -149,17 +149,17 @@ def test_compose_does_one_after_the_other(backend, lengths, r, orders, threshold
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.triton)])
-def test_permuted_clips_give_permuted_rows(random, backend):
-    x = torch.randn(4, 26, 8, generator=random)
+def test_permuted_clips_give_permuted_rows(random, device, backend):
+    x = torch.randn(4, 26, 8, generator=random).to(device if backend == "triton" else "cpu")
     order = torch.tensor([2, 0, 3, 1])
     with use_backend(backend):
         assert torch.equal(compress_clips(x[order], 9, 2), compress_clips(x, 9, 2)[order])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", pytest.param("triton", marks=pytest.mark.triton)])
-def test_copies_of_a_token_merge_into_it(random, backend):
+def test_copies_of_a_token_merge_into_it(random, device, backend):
     """Small integers, whose means are exact: merging what is equal changes nothing, however many there are."""
-    colours = torch.randint(1, 9, (1, 3, 8), generator=random).float()
+    colours = torch.randint(1, 9, (1, 3, 8), generator=random).float().to(device if backend == "triton" else "cpu")
     x = colours.expand(2, 16, 3, 8).reshape(2, 48, 8)
     with use_backend(backend):
         plan = plan_merge(x, r=12)
