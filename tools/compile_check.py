@@ -246,7 +246,7 @@ def check_cuda(archs: list[str], cache: Path) -> tuple[list[Result], str]:
     if not rows and nvcc is None:
         return (
             [],
-            f"CUDA C++ kernels left out: no nvcc and no _C module built from these sources for {', '.join(archs)}",
+            f"CUDA C++ kernels left out: no nvcc and no _C module of these sources for {', '.join(archs)}",
         )
     if not rows:
         rows, origin = compiled_rows(nvcc, archs, cache), f"compiled by {_nvcc_version(nvcc)}"

@@ -25,9 +25,8 @@ ARRANGEMENTS = ("contiguous", "zigzag", "zigzag_per_seq", "balanced")
 
 
 def make_plan(arrangement, ring, ulysses, lengths=LENGTHS, device="cpu", **options):
-    return plan_sequence(
-        VarlenLayout(lengths, device), ring=ring, ulysses=ulysses, arrangement=arrangement, **HEADS, **options
-    )
+    layout = VarlenLayout(lengths, device)
+    return plan_sequence(layout, ring=ring, ulysses=ulysses, arrangement=arrangement, **HEADS, **options)
 
 
 def inputs(dtype, lengths=LENGTHS):
