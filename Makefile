@@ -3,6 +3,8 @@
 PY := .venv/bin/python
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 TESTED := test,video,model,triton
+# The tests of a file stay in one process, for what they set up together.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -n auto --maxprocesses=8 --dist=loadfile
 
 .PHONY: demo test test-all bench lint clean
 
@@ -12,11 +14,11 @@ demo:
 
 test:
 	@tools/bootstrap.sh $(TESTED)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all:
 	@tools/bootstrap.sh $(TESTED)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
+	$(PYTEST)
 
 bench:
 	@tools/bootstrap.sh $(TESTED),bench

@@ -64,7 +64,9 @@ def test_no_op_of_ours(bench):
 def test_correctness_comes_first_and_the_report_follows(tmp_path):
     file, result, out = tmp_path / "test_planted.py", tmp_path / "result.json", tmp_path / "out"
     file.write_text(BENCHMARKS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # In a worker of pytest-xdist, pytest-benchmark would refuse to measure.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     options = ["-p", "benchmarks.conftest", "--rootdir", str(tmp_path), "-q", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", str(file), *options, "--benchmark-only", f"--benchmark-json={result}"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
