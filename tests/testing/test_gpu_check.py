@@ -130,6 +130,7 @@ def test_a_failing_and_a_hanging_step_do_not_stop_the_next(tmp_path, machine):
     plan = {
         '"test_a.py::test_d"': "echo FAILED test_d - planted; exit 7",
         '"benchmarks/test_tome"': "sleep 60",
+        '"--frames 1000"': "echo prefill on ${LRC_BACKEND:-the best}; [ -n \"${LRC_BACKEND:-}\" ]",
         '"--ablate"': f'tar -tzf "{out}/results.tar.gz"',
     }
     run = gpu_check(out, path=machine(plan), python=tmp_path / "bin" / "python")
@@ -137,12 +138,13 @@ def test_a_failing_and_a_hanging_step_do_not_stop_the_next(tmp_path, machine):
     seen = steps(out)
     assert list(seen) == STEPS
     assert seen["bench_tome"] == (124, "FAILED (deadline of 80 s)") and seen["test"][1] == "FAILED"
-    assert [step for step, (code, _) in seen.items() if code] == ["bench_tome", "test"]
+    assert [step for step, (code, _) in seen.items() if code] == ["prefill", "bench_tome", "test"]
     # The archive that the ablation saw held all that had run before it.
     assert {"./build.log", "./prefill.log", "./summary.txt"} <= set(logs(out)["ablation.log"].split())
     # The end says what failed and why, within what a lent machine returns of it.
     end = run.stdout[-12000:]
-    assert "FAILED test_d - planted" in end[end.index("--- test\n") :] and "FAILED: bench_tome test\n" in end
+    assert "FAILED test_d - planted" in end[end.index("--- test\n") :] and "FAILED: prefill bench_tome test\n" in end
+    assert "prefill on the best\nagain with LRC_BACKEND=triton\nprefill on triton\n" in end
 
 
 def test_what_no_longer_fits_is_not_run(tmp_path, machine):
