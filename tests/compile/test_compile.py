@@ -91,6 +91,15 @@ def test_each_kind_of_failure_is_found(tmp_path):
     assert len(cached) == 6
     assert check(*args).stdout == run.stdout
     assert cached == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.json")}
+    # Of another Triton than the budgets', registers and spills are named and no failure.
+    budgets.write_text('triton = "3.0.0"' + BUDGETS)
+    other = check(*args).stdout.splitlines()
+    exceeded = [line for line in failures if re.search("budget (0|2)", line)]
+    notes = [
+        line.removeprefix("NOTE ").removesuffix(" (of triton 3.0.0)") for line in other if line.startswith("NOTE ")
+    ]
+    assert len(exceeded) == 2 and notes == [line.removeprefix("FAIL ") for line in exceeded]
+    assert [line for line in other if line.startswith("FAIL ")] == [line for line in failures if line not in exceeded]
 
 
 @pytest.mark.triton

@@ -130,7 +130,7 @@ def test_a_failing_and_a_hanging_step_do_not_stop_the_next(tmp_path, machine):
     plan = {
         '"test_a.py::test_d"': "echo FAILED test_d - planted; exit 7",
         '"benchmarks/test_tome"': "sleep 60",
-        '"--frames 1000"': "echo prefill on ${LRC_BACKEND:-the best}; [ -n \"${LRC_BACKEND:-}\" ]",
+        '"--frames 1000"': 'echo prefill on ${LRC_BACKEND:-the best}; [ -n "${LRC_BACKEND:-}" ]',
         '"--ablate"': f'tar -tzf "{out}/results.tar.gz"',
     }
     run = gpu_check(out, path=machine(plan), python=tmp_path / "bin" / "python")
