@@ -85,7 +85,10 @@ def _model(args: argparse.Namespace, config: LRCConfig) -> LRCModel:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(int(length) for length in text.split(","))
+    try:
+        return tuple(int(length) for length in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}") from None
 
 
 def _prefill(args: argparse.Namespace) -> int:

@@ -87,6 +87,18 @@ def test_prefill_shows_every_form(tmp_path, capsys, video):
     assert falls["one shot"]["next_word"] == falls["ours"]["next_word"] == falls["eager PyTorch"]["next_word"]
 
 
+def test_several_lengths_in_one_run(tmp_path, capsys):
+    options = ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["prefill", *options, "--frames", "8,24"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("8 frames -> 10 tokens") < printed.index("24 frames -> 26 tokens")
+    falls = json.loads((tmp_path / "waterfall.json").read_text())
+    assert {name: fall["num_frames"] for name, fall in falls.items()} == {"ours, 8 frames": 8, "ours, 24 frames": 24}
+    with pytest.raises(SystemExit):
+        main(["prefill", *options, "--frames", "8,,24"])
+    assert "--frames: must be whole numbers with commas between them, got '8,,24'" in capsys.readouterr().err
+
+
 def test_a_prefill_reads_what_forward_reads():
     """Frame by frame through the chunks, or all at once through `LRCModel.forward`: the same next word."""
     dropout = DropoutSchedule((1, 3), (0.5, 0.25), ("linspace", "attention"))
