@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from lrc_kernels.checks import check_choice, check_tensor
 from lrc_kernels.layout import VarlenLayout
 from lrc_kernels.sequence_parallel.arrangements import ARRANGEMENTS
-from lrc_kernels.sequence_parallel.comm import AllGather, Schedule
+from lrc_kernels.sequence_parallel.comm import AllGather, Schedule, as_words, from_words
 from lrc_kernels.sequence_parallel.exchange import RowExchange, exchange_rows, holders, plan_exchange, send_rows
 from lrc_kernels.sequence_parallel.mesh import place, ranks_of
 from lrc_kernels.sequence_parallel.plan import SequencePlan, plan_sequence
@@ -74,14 +74,14 @@ def score_blocks(plan: SequencePlan) -> ScoreBlocks:
 
 def gather_lists(x: Tensor, counts: Sequence[int], ring: int, ulysses: int) -> Schedule[Tensor]:
     """[count of this rank, ...] of every rank -> those of all, back to back in the order of ranks (ring-major)."""
-    longest = max(counts)
-    x = pad(x, (*[0, 0] * (x.dim() - 1), 0, longest - x.shape[0]))
+    longest, like = max(counts), x
+    x = pad(as_words(x), (0, 0, 0, longest - x.shape[0]))
     for step, (axis, size) in enumerate((("ulysses", ulysses), ("ring", ring))):
         if size > 1:
             arriving = yield AllGather(axis, x, step)
             x = yield arriving
     parts = x.unflatten(0, (len(counts), longest)).unbind(0)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return from_words(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), like)
 
 
 def scores_of_pack(
@@ -189,11 +189,12 @@ def rows_at(x: Tensor, rows: Tensor, plan: SequencePlan, mesh: DeviceMesh) -> Te
         raise ValueError(f"rows must be in [0, {plan.layout.num_tokens}), got {int(outside[0])}")
     owner, local = (table[wanted] for table in holders(rows_of_ranks(plan), plan.layout.num_tokens))
     mine = owner == here[0] * plan.ulysses + here[1]
-    message = x.new_zeros(len(wanted), *x.shape[1:])
-    message[mine.to(x.device)] = x.detach()[local[mine].to(x.device)]
+    sent = as_words(x.detach()[local[mine].to(x.device)])
+    message = sent.new_zeros(len(wanted), sent.shape[1])
+    message[mine.to(x.device)] = sent
     counts = [len(wanted)] * (plan.ring * plan.ulysses)
     everything = ranks_of(mesh).run("asking rows", gather_lists(message, counts, plan.ring, plan.ulysses))
-    return everything[(owner * len(wanted) + torch.arange(len(wanted))).to(x.device)]
+    return from_words(everything[(owner * len(wanted) + torch.arange(len(wanted))).to(x.device)], x)
 
 
 @torch.compiler.disable

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lrc_kernels.checks import check_device, check_int
-from lrc_kernels.sequence_parallel.comm import AllToAll, Schedule
+from lrc_kernels.sequence_parallel.comm import AllToAll, Schedule, as_words, from_words
 from lrc_kernels.sequence_parallel.mesh import ranks_of
 
 
@@ -166,7 +166,7 @@ class _ExchangeRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.options, ctx.back = (exchange, mesh, here), back
         what, schedule = ("exchange of rows backward", return_rows) if back else ("exchange of rows", send_rows)
-        return ranks_of(mesh).run(what, schedule(x.contiguous(), exchange, here))
+        return from_words(ranks_of(mesh).run(what, schedule(as_words(x), exchange, here)), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,7 +178,7 @@ def exchange_rows(tensors: Sequence[Tensor], exchange: RowExchange, mesh: Device
     """Move this rank's rows to the ranks that shall hold them, in one message per dtype. Autograd. A collective.
 
     Args:
-        tensors: [rows before, ...] each, on one device.
+        tensors: [rows before, ...] each, of any dtype, on one device.
         exchange: by `plan_exchange`, the same on every rank.
         mesh: `make_mesh`, or one that has dimensions "ring" and "ulysses".
 
