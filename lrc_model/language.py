@@ -10,17 +10,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lrc_kernels.attention import varlen_attention
 from lrc_kernels.layout import VarlenLayout
 from lrc_kernels.packing import PackedBatch
 from lrc_kernels.token_dropout import (
+    CHECKPOINT_OPS,
     DropBudget,
     Selection,
     attention_scores,
@@ -40,8 +42,10 @@ class Placement:
     is of the whole pack, so that every rank selects by itself and alike.
     """
 
-    # Of torch.utils.checkpoint, for a layer that is computed again in the backward.
-    checkpoint_options: Mapping[str, Any] = {}
+    def checkpoint_options(self, drops: bool) -> Mapping[str, Any]:
+        """Of torch.utils.checkpoint, for a layer that is computed again in the backward. One that drops keeps its
+        selection: other rows than those of the first time would give another layer's gradient."""
+        return {"context_fn": partial(create_selective_checkpoint_contexts, list(CHECKPOINT_OPS))} if drops else {}
 
     def local(self, x: Tensor, fill: float = 0) -> Tensor:
         """[T, ...] of the whole pack -> the rows here; `fill` for padding."""
@@ -373,9 +377,8 @@ class LanguageModel(nn.Module):
         rows = rows.with_rope(self.text, x.dtype)
         for index, layer in enumerate(self.model.typed_layers):
             if recompute and torch.is_grad_enabled():
-                x, rows = checkpoint(
-                    layer, x, rows, drop_of.get(index), use_reentrant=False, **rows.place.checkpoint_options
-                )
+                options = rows.place.checkpoint_options(index in drop_of)
+                x, rows = checkpoint(layer, x, rows, drop_of.get(index), use_reentrant=False, **options)
             else:
                 x, rows = layer(x, rows, drop_of.get(index))
         return self.model.norm(x), rows

@@ -53,9 +53,9 @@ class ShardedPlacement(Placement):
     here: tuple[int, int]
     grad_wire: torch.dtype | None = None
 
-    @property
-    def checkpoint_options(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """Attention keeps (out, lse), so that a layer that is computed again sends no keys again."""
+    def checkpoint_options(self, drops: bool) -> Mapping[str, Any]:
+        """Attention keeps (out, lse), and a drop its scores, its selection and the rows that arrive, so that a layer
+        that is computed again sends nothing again."""
         return {"context_fn": partial(create_selective_checkpoint_contexts, list(CHECKPOINT_OPS))}
 
     def local(self, x: Tensor, fill: float = 0) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from lrc_kernels.backend import LIB
+
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -262,6 +264,16 @@ class TorchRanks:
             # The store may have died with the rank that holds it.
             _log.warning("cannot ask the store which rank failed: %s", error)
         return suspects[0] if len(suspects) == 1 else None
+
+
+def collective_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An op of torch.library that communicates: one node of a compiled graph, and one result that selective activation
+    checkpointing can keep. It takes tensors and numbers, among them that of its `TorchRanks`."""
+    name = schema.split("(")[0]
+    LIB.define(schema)
+    LIB.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lrc::{name}", fake, lib=LIB)
+    return getattr(torch.ops.lrc, name).default
 
 
 class VirtualRanks:
