@@ -8,10 +8,10 @@ rows and before the rotary embedding, tokens are scored, selected and gathered, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from lrc_kernels.token_dropout import (
 )
 from lrc_model.config import TextConfig
 from lrc_model.connector import place_visual_tokens
+
+T = TypeVar("T")
 
 
 class Placement:
@@ -66,6 +68,10 @@ class Placement:
     def drop(self, tensors: tuple[Tensor, ...], selection: Selection) -> tuple[tuple[Tensor, ...], Placement]:
         """The rows that stay, and where they lie from here on."""
         return cast("tuple[Tensor, ...]", drop_tokens(tensors, selection)), self
+
+    def run_drop(self, step: Callable[..., T], *args: Any) -> T:
+        """The result of a whole drop, `step(*args)`: here a compiled layer goes through it without a break."""
+        return step(*args)
 
     def place_visual(self, x: Tensor, tokens: Tensor, batch: PackedBatch) -> Tensor:
         """Embeddings x of the rows here with the features of their frames, of which `tokens` [V, D] are those here."""
@@ -302,16 +308,23 @@ class DecoderLayer(nn.Module):
         attn = self.self_attn
         q, k, v = (attn.project(projection, h) for projection in (attn.q_proj, attn.k_proj, attn.v_proj))
         if drop is not None:
-            scores = None
-            if drop.mode == "topk":
-                asking = query_rows(rows.layout, rows.targets)
-                asked = rows.place.rows_at(q, asking[0])
-                scores = self.scores(asked, apply_rope(k.detach(), *rows.tables), rows, asking)
-            selection = drop.select(rows, scores)
-            (x, q, k, v), place = rows.place.drop((x, q, k, v), selection)
-            rows = rows.drop(selection, drop.budget.positions, place).with_rope(self.text, x.dtype)
+            (x, q, k, v), rows = rows.place.run_drop(self.drop, (x, q, k, v), rows, drop)
         q, k = apply_rope(q, *rows.tables), apply_rope(k, *rows.tables)
         return self.finish(x, rows.place.attend(q, k, v, rows.layout)), rows
+
+    def drop(
+        self, tensors: tuple[Tensor, ...], rows: PackedRows, drop: Drop
+    ) -> tuple[tuple[Tensor, ...], PackedRows]:
+        """Of `tensors`, x [T, D] and q, k, v [T, H, K] not turned yet, the rows that stay."""
+        scores = None
+        if drop.mode == "topk":
+            _, q, k, _ = tensors
+            asking = query_rows(rows.layout, rows.targets)
+            asked = rows.place.rows_at(q, asking[0])
+            scores = self.scores(asked, apply_rope(k.detach(), *rows.tables), rows, asking)
+        selection = drop.select(rows, scores)
+        kept, place = rows.place.drop(tensors, selection)
+        return kept, rows.drop(selection, drop.budget.positions, place).with_rope(self.text, kept[0].dtype)
 
     def finish(self, x: Tensor, out: Tensor) -> Tensor:
         """The output projection, both residuals and the MLP: x [T, D], out [T, Hq, K] -> [T, D]."""

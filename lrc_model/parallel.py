@@ -9,10 +9,10 @@ targets and positions of the whole pack (30 bytes a row), so that all make the s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ from lrc_kernels.token_dropout import Selection
 from lrc_model.config import TextConfig
 from lrc_model.language import Placement
 from lrc_model.losses import IGNORE_INDEX
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class ShardedPlacement(Placement):
     def drop(self, tensors: tuple[Tensor, ...], selection: Selection) -> tuple[tuple[Tensor, ...], Placement]:
         after = plan_after_drop(self.plan, selection)
         return drop_rows(tensors, selection, self.plan, after, self.mesh), replace(self, plan=after)
+
+    @torch.compiler.disable
+    def run_drop(self, step: Callable[..., T], *args: Any) -> T:
+        # It plans on the host and communicates: one break in a compiled layer instead of one at each call.
+        return step(*args)
 
     def place_visual(self, x: Tensor, tokens: Tensor, batch: PackedBatch) -> Tensor:
         if tokens.shape[0] != len(batch.visual_index):
