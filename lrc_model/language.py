@@ -312,9 +312,7 @@ class DecoderLayer(nn.Module):
         q, k = apply_rope(q, *rows.tables), apply_rope(k, *rows.tables)
         return self.finish(x, rows.place.attend(q, k, v, rows.layout)), rows
 
-    def drop(
-        self, tensors: tuple[Tensor, ...], rows: PackedRows, drop: Drop
-    ) -> tuple[tuple[Tensor, ...], PackedRows]:
+    def drop(self, tensors: tuple[Tensor, ...], rows: PackedRows, drop: Drop) -> tuple[tuple[Tensor, ...], PackedRows]:
         """Of `tensors`, x [T, D] and q, k, v [T, H, K] not turned yet, the rows that stay."""
         scores = None
         if drop.mode == "topk":

@@ -95,8 +95,10 @@ backward_op.implement("cpu", aten_cpu.backward, supports=aten_cpu.supports_backw
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, lse_has_gradient: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
-                cu_seqlens_k: Tensor | None, key_bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any, lse_has_gradient: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None, key_bias: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         out, lse = forward_op(q, k, v, cu_seqlens_q, keys, key_bias, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias)
@@ -123,9 +125,10 @@ class _AttentionBackward(torch.autograd.Function):
     """The backward op, which has no gradient of its own: to ask for one raises instead of leaving it out."""
 
     @staticmethod
-    def forward(ctx: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-                cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, *options: Any,
-                ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         return backward_op(dout, q, k, v, out, lse, dlse, cu_seqlens_q, keys, *options)
 
