@@ -190,8 +190,9 @@ def varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, key_bias, window
     )
     # Dynamo breaks a graph at a Function that gets one tensor twice: None stands for offsets that are those of q.
-    same = pack.cu_seqlens_k is pack.cu_seqlens_q
-    out, lse = _Attention.apply(return_lse, q, k, v, *(pack._replace(cu_seqlens_k=None) if same else pack))
+    cu_seqlens_q, cu_seqlens_k, *options = pack
+    same = cu_seqlens_k is cu_seqlens_q
+    out, lse = _Attention.apply(return_lse, q, k, v, cu_seqlens_q, None if same else cu_seqlens_k, *options)
     return (out, lse) if return_lse else out
 
 
