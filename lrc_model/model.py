@@ -255,10 +255,12 @@ class LRCModel(nn.Module):
         """
         if parallel is None:
             _check_batch(batch)
-        elif not isinstance(batch, PackedBatch):
-            raise TypeError(f"batch must be a PackedBatch, got {type(batch).__name__}")
-        elif not use_cache:
-            raise ValueError("use_cache must be True with parallel, got False")
+        else:
+            for name, value, kind in (("parallel", parallel, SequenceParallel), ("batch", batch, PackedBatch)):
+                if not isinstance(value, kind):
+                    raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+            if not use_cache:
+                raise ValueError("use_cache must be True with parallel, got False")
         check_int("max_new_tokens", max_new_tokens, minimum=0)
         check_int("chunk", chunk, minimum=1)
         stop_ids = frozenset(stop_ids)

@@ -66,6 +66,7 @@ class ShardedCache(KVCache):
         self.rank = 0
         self._seen: list[list[int]] = []
 
+    @torch.compiler.disable
     def fill(self, k: Tensor, v: Tensor, plan: SequencePlan, here: tuple[int, int]) -> None:
         """The keys and values [T_local, Hkv, K] of all prompts in the next layer, whose rows lie as `plan` says."""
         layer, self.rank = len(self._seen), here[0] * plan.ulysses + here[1]
