@@ -26,11 +26,11 @@ def losses_and_gradients(model, batches, **options):
     return found
 
 
-def compile_last(model, **options):
+def compile_last(model, backend="aot_eager", **options):
     """Compile the layer of the second drop, by attention; what counts its graphs."""
     torch._dynamo.reset()
     counters.clear()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     model.language_model.model.layers[1].compile(backend=counter, **options)
     return counter
 
@@ -47,12 +47,12 @@ def test_a_layer_that_drops_has_no_break_on_one_device(num_packs):
     assert counter.frame_count <= (1 if num_packs == 1 else 3)
 
 
-def on_many_ranks(num_packs, recompute):
+def on_many_ranks(num_packs, backend, recompute):
     """Worst relative error of a compiled layer that drops, messages of both, graphs, and graph breaks by reason."""
     mesh, model, batches = make_mesh("cpu", ring=2, ulysses=2), make_model(DROPS), packs()[:num_packs]
     options = {"parallel": SequenceParallel(model.config.text, mesh), "recompute": recompute}
     wanted = losses_and_gradients(model, batches, **options)
-    counter = compile_last(model)
+    counter = compile_last(model, backend)
     found = losses_and_gradients(model, batches, **options)
     error = max(float((x - y).norm() / y.norm()) for (x, _), (y, _) in zip(found, wanted, strict=True))
     sent = [[count for _, count in run] for run in (found, wanted)]
@@ -61,11 +61,13 @@ def on_many_ranks(num_packs, recompute):
 
 @pytest.mark.no_poison
 @pytest.mark.parametrize(
-    ("num_packs", "recompute"), [(1, True), pytest.param(3, False, marks=pytest.mark.slow)], ids=str
+    ("num_packs", "backend", "recompute"),
+    [(1, "eager", True), pytest.param(3, "aot_eager", False, marks=pytest.mark.slow)],
 )
-def test_a_drop_breaks_a_layer_once_on_many_ranks(rank_pools, num_packs, recompute):
-    for error, (compiled, eager), graphs, breaks in rank_pools(4).run(on_many_ranks, num_packs, recompute):
+def test_a_drop_breaks_a_layer_once_on_many_ranks(rank_pools, num_packs, backend, recompute):
+    results = rank_pools(4).run(on_many_ranks, num_packs, backend, recompute)
+    for error, (compiled, eager), graphs, breaks in results:
         assert error <= 1e-14 and compiled == eager and min(eager) > 0
         # Before the drop and behind it, once more for dynamic shapes.
         assert graphs <= 2 * min(num_packs, 2)
-        assert sum(breaks.values()) <= min(num_packs, 2) and all("run_drop" in reason for reason in breaks)
+        assert 1 <= sum(breaks.values()) <= min(num_packs, 2) and all("run_drop" in reason for reason in breaks)
