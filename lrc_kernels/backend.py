@@ -127,6 +127,11 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return getattr(torch.ops.lrc, self.name)(*args)
 
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """What policies of activation checkpointing name it by."""
+        return getattr(torch.ops.lrc, self.name).default
+
     def implement(
         self,
         backend: str,

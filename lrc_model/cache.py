@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrc_kernels.layout import VarlenLayout
+from lrc_model.language import attend
+
 
 class KVCache:
     """Per layer and sequence the keys [L, Hkv, K] (turned by the rotary embedding) and values, in arrival order.
@@ -67,6 +70,19 @@ class KVCache:
         if buffer is None or end > self._lengths[layer][sequence]:
             raise ValueError(f"end must be at most the {self._lengths[layer][sequence]} rows held, got {end}")
         return buffer[0, :end], buffer[1, :end]
+
+    def seen(self, layer: int, sequence: int) -> int:
+        """Rows of a sequence that a layer has seen, wherever they lie."""
+        return self.length(layer, sequence)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One more row of every sequence, q [S, Hq, K], k and v [S, Hkv, K]: added, it attends to all, [S, Hq, K]."""
+        one, outs = VarlenLayout([1], q.device), []
+        for sequence in range(self.num_sequences):
+            row = slice(sequence, sequence + 1)
+            keys, values = self.append(layer, sequence, k[row], v[row])
+            outs.append(attend(q[row], keys, values, one, VarlenLayout([keys.shape[0]], q.device)))
+        return torch.cat(outs)
 
     @property
     def num_bytes(self) -> int:

@@ -161,12 +161,12 @@ def decode_step(
         position: int64 [S], the position id of these rows in layers without renumbering.
         prefill_length: int64 [S], rows of each prompt, which fix the rotary base.
         renumbered_from: the first layer behind a drop that renumbers; from there on a row's position is the number of
-            rows that its layer holds already.
+            rows that its layer has seen already.
     """
     for index, layer in enumerate(language.model.typed_layers):
         attn = layer.self_attn
         if renumbered_from is not None and index >= renumbered_from:
-            held = [cache.length(index, sequence) for sequence in range(cache.num_sequences)]
+            held = [cache.seen(index, sequence) for sequence in range(cache.num_sequences)]
             at = torch.tensor(held, dtype=torch.int64).to(x.device, non_blocking=True)
         else:
             at = position
@@ -175,12 +175,5 @@ def decode_step(
         q = apply_rope(attn.project(attn.q_proj, h), *rope)
         k = apply_rope(attn.project(attn.k_proj, h), *rope)
         v = attn.project(attn.v_proj, h)
-        one = VarlenLayout([1], x.device)
-        outs = []
-        for sequence in range(cache.num_sequences):
-            row = slice(sequence, sequence + 1)
-            keys, values = cache.append(index, sequence, k[row], v[row])
-            layout = VarlenLayout([keys.shape[0]], x.device)
-            outs.append(attend(q[row], keys, values, one, layout))
-        x = layer.finish(x, torch.cat(outs))
+        x = layer.finish(x, cache.attend(index, q, k, v))
     return language.model.norm(x)

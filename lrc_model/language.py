@@ -8,19 +8,21 @@ rows and before the rotary embedding, tokens are scored, selected and gathered, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lrc_kernels.attention import varlen_attention
 from lrc_kernels.layout import VarlenLayout
 from lrc_kernels.packing import PackedBatch
 from lrc_kernels.token_dropout import (
+    CHECKPOINT_OPS,
     DropBudget,
     Selection,
     attention_scores,
@@ -32,6 +34,8 @@ from lrc_kernels.token_dropout import (
 from lrc_model.config import TextConfig
 from lrc_model.connector import place_visual_tokens
 
+T = TypeVar("T")
+
 
 class Placement:
     """Where the rows of a pack lie, and what has to know it: here all on one device. `lrc_model.parallel` spreads them.
@@ -40,8 +44,10 @@ class Placement:
     is of the whole pack, so that every rank selects by itself and alike.
     """
 
-    # Of torch.utils.checkpoint, for a layer that is computed again in the backward.
-    checkpoint_options: Mapping[str, Any] = {}
+    def checkpoint_options(self, drops: bool) -> Mapping[str, Any]:
+        """Of torch.utils.checkpoint, for a layer that is computed again in the backward. One that drops keeps its
+        selection: other rows than those of the first time would give another layer's gradient."""
+        return {"context_fn": partial(create_selective_checkpoint_contexts, list(CHECKPOINT_OPS))} if drops else {}
 
     def local(self, x: Tensor, fill: float = 0) -> Tensor:
         """[T, ...] of the whole pack -> the rows here; `fill` for padding."""
@@ -62,6 +68,10 @@ class Placement:
     def drop(self, tensors: tuple[Tensor, ...], selection: Selection) -> tuple[tuple[Tensor, ...], Placement]:
         """The rows that stay, and where they lie from here on."""
         return cast("tuple[Tensor, ...]", drop_tokens(tensors, selection)), self
+
+    def run_drop(self, step: Callable[..., T], *args: Any) -> T:
+        """The result of a whole drop, `step(*args)`: here a compiled layer goes through it without a break."""
+        return step(*args)
 
     def place_visual(self, x: Tensor, tokens: Tensor, batch: PackedBatch) -> Tensor:
         """Embeddings x of the rows here with the features of their frames, of which `tokens` [V, D] are those here."""
@@ -298,16 +308,21 @@ class DecoderLayer(nn.Module):
         attn = self.self_attn
         q, k, v = (attn.project(projection, h) for projection in (attn.q_proj, attn.k_proj, attn.v_proj))
         if drop is not None:
-            scores = None
-            if drop.mode == "topk":
-                asking = query_rows(rows.layout, rows.targets)
-                asked = rows.place.rows_at(q, asking[0])
-                scores = self.scores(asked, apply_rope(k.detach(), *rows.tables), rows, asking)
-            selection = drop.select(rows, scores)
-            (x, q, k, v), place = rows.place.drop((x, q, k, v), selection)
-            rows = rows.drop(selection, drop.budget.positions, place).with_rope(self.text, x.dtype)
+            (x, q, k, v), rows = rows.place.run_drop(self.drop, (x, q, k, v), rows, drop)
         q, k = apply_rope(q, *rows.tables), apply_rope(k, *rows.tables)
         return self.finish(x, rows.place.attend(q, k, v, rows.layout)), rows
+
+    def drop(self, tensors: tuple[Tensor, ...], rows: PackedRows, drop: Drop) -> tuple[tuple[Tensor, ...], PackedRows]:
+        """Of `tensors`, x [T, D] and q, k, v [T, H, K] not turned yet, the rows that stay."""
+        scores = None
+        if drop.mode == "topk":
+            _, q, k, _ = tensors
+            asking = query_rows(rows.layout, rows.targets)
+            asked = rows.place.rows_at(q, asking[0])
+            scores = self.scores(asked, apply_rope(k.detach(), *rows.tables), rows, asking)
+        selection = drop.select(rows, scores)
+        kept, place = rows.place.drop(tensors, selection)
+        return kept, rows.drop(selection, drop.budget.positions, place).with_rope(self.text, kept[0].dtype)
 
     def finish(self, x: Tensor, out: Tensor) -> Tensor:
         """The output projection, both residuals and the MLP: x [T, D], out [T, Hq, K] -> [T, D]."""
@@ -373,9 +388,8 @@ class LanguageModel(nn.Module):
         rows = rows.with_rope(self.text, x.dtype)
         for index, layer in enumerate(self.model.typed_layers):
             if recompute and torch.is_grad_enabled():
-                x, rows = checkpoint(
-                    layer, x, rows, drop_of.get(index), use_reentrant=False, **rows.place.checkpoint_options
-                )
+                options = rows.place.checkpoint_options(index in drop_of)
+                x, rows = checkpoint(layer, x, rows, drop_of.get(index), use_reentrant=False, **options)
             else:
                 x, rows = layer(x, rows, drop_of.get(index))
         return self.model.norm(x), rows

@@ -26,7 +26,7 @@ from lrc_model.connector import Connector, encode_clips
 from lrc_model.generate import PREFILL_CHUNK, decode_step, prefill
 from lrc_model.language import ONE_DEVICE, Drop, LanguageModel, PackedRows, Placement
 from lrc_model.losses import IGNORE_INDEX, chunked_cross_entropy
-from lrc_model.parallel import SequenceParallel
+from lrc_model.parallel import SequenceParallel, ShardedCache
 from lrc_model.tokenizer import Tokenizer, load_tokenizer
 from lrc_model.vision import VisionEncoder
 
@@ -231,6 +231,7 @@ class LRCModel(nn.Module):
         seed: int = 0,
         chunk: int = PREFILL_CHUNK,
         on_token: Callable[[list[int]], None] | None = None,
+        parallel: SequenceParallel | None = None,
     ) -> list[Tensor]:
         """Greedy decoding of every sequence of a pack of prompts.
 
@@ -241,27 +242,40 @@ class LRCModel(nn.Module):
             stop_ids: words that end a sequence; they are not part of the result.
             chunk: rows of a prompt that are in flight at a time.
             on_token: called after each step with one new word per sequence, -1 for a sequence that has ended.
+            parallel: the prompts lie on many ranks, each of which calls this and gets the same words. A rank keeps the
+                keys of its own rows; all rows of a rank are in flight at a time, whatever `chunk` says.
 
         Returns:
             int64 ids of the new words of each sequence, on the CPU.
 
         Raises:
-            TypeError: no PackedBatch. ValueError: an empty prompt.
-            RuntimeError: logits that are not finite, which no word can be chosen by.
+            TypeError: no PackedBatch. ValueError: an empty prompt, or no cache with `parallel`.
+            RuntimeError: logits that are not finite, which no word can be chosen by. PeerError: another rank died or
+                stalled (gloo).
         """
-        _check_batch(batch)
+        if parallel is None:
+            _check_batch(batch)
+        else:
+            for name, value, kind in (("parallel", parallel, SequenceParallel), ("batch", batch, PackedBatch)):
+                if not isinstance(value, kind):
+                    raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+            if not use_cache:
+                raise ValueError("use_cache must be True with parallel, got False")
         check_int("max_new_tokens", max_new_tokens, minimum=0)
         check_int("chunk", chunk, minimum=1)
         stop_ids = frozenset(stop_ids)
         if min(batch.layout.lengths, default=0) == 0:
             raise ValueError(f"batch must hold prompts of at least one token, got lengths {batch.layout.lengths}")
-        x = self.embed(batch)
-        reader = _CachedReader(self, max_new_tokens, chunk) if use_cache else _Recomputer(self)
-        hidden = torch.cat([reader.read(x[part], rows, seed) for part, rows in _prompts(batch)])
+        reader: _Reader
+        if parallel is not None:
+            reader = _ShardedReader(self, max_new_tokens, parallel)
+        else:
+            reader = _CachedReader(self, max_new_tokens, chunk) if use_cache else _Recomputer(self)
+        hidden = reader.start(batch, seed)
         words: list[list[int]] = [[] for _ in range(batch.layout.num_sequences)]
         ended = [False] * len(words)
         for step in range(max_new_tokens):
-            new = self._choose(hidden)
+            new = self._choose(hidden, reader)
             for index, word in enumerate(new):
                 ended[index] = ended[index] or word in stop_ids
                 if not ended[index]:
@@ -270,12 +284,12 @@ class LRCModel(nn.Module):
                 on_token([-1 if over else word for word, over in zip(new, ended, strict=True)])
             if all(ended) or step + 1 == max_new_tokens:
                 break
-            hidden = reader.step(self.language_model.embed(torch.tensor(new, device=x.device)))
+            hidden = reader.step(self.language_model.embed(torch.tensor(new, device=hidden.device)))
         return [torch.tensor(sequence, dtype=torch.int64) for sequence in words]
 
-    def _choose(self, hidden: Tensor) -> list[int]:
+    def _choose(self, hidden: Tensor, reader: _Reader) -> list[int]:
         logits = self.language_model.logits(hidden)
-        best = torch.where(logits.isfinite().all(1), logits.argmax(1), -1).tolist()
+        best = reader.agree(torch.where(logits.isfinite().all(1), logits.argmax(1), -1).tolist())
         if -1 in best:
             raise RuntimeError(
                 f"the logits of sequence {best.index(-1)} are not finite: check the weights and the dtype (fp16 "
@@ -317,7 +331,29 @@ def _drops_of(model: LRCModel, rows: PackedRows, seed: int) -> tuple[Drop, ...]:
     return model.drops(rows.layout, (int(rows.droppable.sum()),), rows, seed)
 
 
-class _CachedReader:
+class _Reader:
+    """Reads prompts, then one row of each at a time, and gives the hidden states [S, D] that choose the next words."""
+
+    model: LRCModel
+
+    def start(self, batch: PackedBatch, seed: int) -> Tensor:
+        x = self.model.embed(batch)
+        return torch.cat([self.read(x[part], rows, seed) for part, rows in _prompts(batch)])
+
+    def read(self, x: Tensor, rows: PackedRows, seed: int) -> Tensor:
+        """One prompt: its embeddings [T, D] and rows."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor) -> Tensor:
+        """One more word of each: its embeddings [S, D]."""
+        raise NotImplementedError
+
+    def agree(self, words: list[int]) -> list[int]:
+        """The words that all who read these prompts go on with."""
+        return words
+
+
+class _CachedReader(_Reader):
     """Prompts into a cache, then one row of each at a time."""
 
     def __init__(self, model: LRCModel, max_new_tokens: int, chunk: int):
@@ -355,7 +391,38 @@ class _CachedReader:
         )
 
 
-class _Recomputer:
+class _ShardedReader(_CachedReader):
+    """All prompts at once, their rows on many ranks, each of which keeps the keys of its own."""
+
+    def __init__(self, model: LRCModel, max_new_tokens: int, parallel: SequenceParallel):
+        super().__init__(model, max_new_tokens, PREFILL_CHUNK)
+        self.parallel = parallel
+        self.cache: ShardedCache = ShardedCache(model.config.text.num_layers, parallel.mesh, max_new_tokens)
+
+    def start(self, batch: PackedBatch, seed: int) -> Tensor:
+        whole, batch, place = self.parallel.open(batch)
+        self.place = replace(place, cache=self.cache)
+        last = whole.layout.cu_seqlens[1:].long() - 1
+        droppable = whole.droppable.index_fill(0, last.to(whole.droppable.device), False)
+        rows = PackedRows.of(
+            whole.layout,
+            position_ids=whole.position_ids,
+            droppable=droppable,
+            sequence_ids=whole.sample_ids,
+            place=self.place,
+        )
+        self.positions = list(whole.position_ids[last].split(1))
+        self.lengths = list(whole.layout.lengths)
+        counts = tuple(int(part.sum()) for part in droppable.cpu().split(self.lengths))
+        x = self.model.embed(batch, place=self.place)
+        hidden, rows = self.model.language_model(x, rows, self.model.drops(whole.layout, counts, rows, seed))
+        return rows.place.rows_at(hidden, rows.layout.cu_seqlens[1:].long() - 1)
+
+    def agree(self, words: list[int]) -> list[int]:
+        return self.place.agree(words)
+
+
+class _Recomputer(_Reader):
     """Every word again from all words; the last row of the prompt goes on selecting."""
 
     def __init__(self, model: LRCModel):

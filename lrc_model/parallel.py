@@ -9,10 +9,11 @@ targets and positions of the whole pack (30 bytes a row), so that all make the s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,27 +36,78 @@ from lrc_kernels.sequence_parallel import (
     rows_at,
     rows_of_ranks,
     sequence_parallel_attention,
+    sequence_parallel_decode_attention,
     sequence_parallel_scores,
     unshard,
 )
 from lrc_kernels.token_dropout import Selection
+from lrc_model.cache import KVCache
 from lrc_model.config import TextConfig
 from lrc_model.language import Placement
 from lrc_model.losses import IGNORE_INDEX
 
+T = TypeVar("T")
+
+
+class ShardedCache(KVCache):
+    """The keys and values of the rows on this rank, layer by layer as prompts pass; new rows are dealt to the ranks in
+    turn, and each sends only its part of the attention.
+
+    Args:
+        num_layers: decoder layers.
+        mesh: where the rows lie.
+        max_new_tokens: room for so many new rows of each sequence, all ranks together.
+    """
+
+    def __init__(self, num_layers: int, mesh: DeviceMesh, max_new_tokens: int):
+        super().__init__(num_layers)
+        self.mesh, self.size = mesh, degree_of(mesh, "ring") * degree_of(mesh, "ulysses")
+        self.room = -(-max_new_tokens // self.size)
+        self.rank = 0
+        self._seen: list[list[int]] = []
+
+    @torch.compiler.disable
+    def fill(self, k: Tensor, v: Tensor, plan: SequencePlan, here: tuple[int, int]) -> None:
+        """The keys and values [T_local, Hkv, K] of all prompts in the next layer, whose rows lie as `plan` says."""
+        layer, self.rank = len(self._seen), here[0] * plan.ulysses + here[1]
+        while self.num_sequences < plan.layout.num_sequences:
+            self.add_sequence()
+        # Rows of a rank ascend, those of padding come last.
+        index = plan.local_indices(*here)
+        starts = torch.tensor([0, *plan.layout.lengths]).cumsum(0)
+        bounds = torch.searchsorted(index[index >= 0], starts).tolist()
+        for sequence, (start, end) in enumerate(pairwise(bounds)):
+            self.reserve(layer, sequence, end - start + self.room, k)
+            self.append(layer, sequence, k[start:end], v[start:end])
+        self._seen.append(list(plan.layout.lengths))
+
+    def seen(self, layer: int, sequence: int) -> int:
+        return self._seen[layer][sequence]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        held = []
+        for sequence, seen in enumerate(self._seen[layer]):
+            if seen % self.size == self.rank:
+                self.append(layer, sequence, k[sequence : sequence + 1], v[sequence : sequence + 1])
+            self._seen[layer][sequence] += 1
+            held.append(self.rows(layer, sequence, self.length(layer, sequence)))
+        keys, values = zip(*held, strict=True)
+        return sequence_parallel_decode_attention(q, keys, values, self.mesh)
+
 
 @dataclass(frozen=True)
 class ShardedPlacement(Placement):
-    """The rows of a plan on a mesh; what a drop leaves has a plan of its own."""
+    """The rows of a plan on a mesh; what a drop leaves has a plan of its own. A cache gets the keys of each layer."""
 
     plan: SequencePlan
     mesh: DeviceMesh
     here: tuple[int, int]
     grad_wire: torch.dtype | None = None
+    cache: ShardedCache | None = None
 
-    @property
-    def checkpoint_options(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """Attention keeps (out, lse), so that a layer that is computed again sends no keys again."""
+    def checkpoint_options(self, drops: bool) -> Mapping[str, Any]:
+        """Attention keeps (out, lse), and a drop its scores, its selection and the rows that arrive, so that a layer
+        that is computed again sends nothing again."""
         return {"context_fn": partial(create_selective_checkpoint_contexts, list(CHECKPOINT_OPS))}
 
     def local(self, x: Tensor, fill: float = 0) -> Tensor:
@@ -67,6 +119,8 @@ class ShardedPlacement(Placement):
         return rows_at(x, rows, self.plan, self.mesh)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout) -> Tensor:
+        if self.cache is not None:
+            self.cache.fill(k, v, self.plan, self.here)
         return cast(Tensor, sequence_parallel_attention(q, k, v, self.plan, self.mesh, grad_wire=self.grad_wire))
 
     def scores(self, q: Tensor, k: Tensor, layout: VarlenLayout, sequence: Tensor, position: Tensor) -> Tensor:
@@ -75,6 +129,11 @@ class ShardedPlacement(Placement):
     def drop(self, tensors: tuple[Tensor, ...], selection: Selection) -> tuple[tuple[Tensor, ...], Placement]:
         after = plan_after_drop(self.plan, selection)
         return drop_rows(tensors, selection, self.plan, after, self.mesh), replace(self, plan=after)
+
+    @torch.compiler.disable
+    def run_drop(self, step: Callable[..., T], *args: Any) -> T:
+        # It plans on the host and communicates: one break in a compiled layer instead of one at each call.
+        return step(*args)
 
     def place_visual(self, x: Tensor, tokens: Tensor, batch: PackedBatch) -> Tensor:
         if tokens.shape[0] != len(batch.visual_index):
@@ -91,6 +150,11 @@ class ShardedPlacement(Placement):
         (arrived,) = exchange_rows((tokens.to(x.dtype),), exchange, self.mesh)
         here = wanted[self.here[0] * self.plan.ulysses + self.here[1]] >= 0
         return torch.where(here.to(x.device)[:, None], arrived, x)
+
+    def agree(self, words: list[int]) -> list[int]:
+        """The words of the first rank on every rank: where ranks round differently they would go on apart."""
+        mine = torch.tensor(words, device=self.mesh.device_type)
+        return gather_rows(mine, [len(words)] * self._size, self.plan, self.mesh)[: len(words)].tolist()
 
     def num_targets(self, targets: Tensor, of_pack: int) -> int:
         # Which rank holds a target changes with a drop, so the host has to ask.
@@ -173,7 +237,7 @@ class SequenceParallel:
         plan = self.plan(layout)
         return plan.local_indices(*place(plan, self.mesh))
 
-    def open(self, batch: PackedBatch) -> tuple[PackedBatch, PackedBatch, Placement]:
+    def open(self, batch: PackedBatch) -> tuple[PackedBatch, PackedBatch, ShardedPlacement]:
         """What all ranks know of a pack, this rank's rows and clips, and where the rows lie. A collective for a shard.
 
         Args:

@@ -95,9 +95,12 @@ backward_op.implement("cpu", aten_cpu.backward, supports=aten_cpu.supports_backw
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, lse_has_gradient: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
-                cu_seqlens_k: Tensor, key_bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, lse = forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, *options)
+    def forward(
+        ctx: Any, lse_has_gradient: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None, key_bias: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        out, lse = forward_op(q, k, v, cu_seqlens_q, keys, key_bias, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias)
         ctx.options = options
         # An unused lse should give no dlse, which most backends cannot take. Eager autograd then passes None; a
@@ -122,8 +125,12 @@ class _AttentionBackward(torch.autograd.Function):
     """The backward op, which has no gradient of its own: to ask for one raises instead of leaving it out."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return backward_op(*args)
+    def forward(
+        ctx: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        return backward_op(dout, q, k, v, out, lse, dlse, cu_seqlens_q, keys, *options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -182,7 +189,10 @@ def varlen_attention(
     pack = check_pack(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale, key_bias, window
     )
-    out, lse = _Attention.apply(return_lse, q, k, v, *pack)
+    # Dynamo breaks a graph at a Function that gets one tensor twice: None stands for offsets that are those of q.
+    cu_seqlens_q, cu_seqlens_k, *options = pack
+    same = cu_seqlens_k is cu_seqlens_q
+    out, lse = _Attention.apply(return_lse, q, k, v, cu_seqlens_q, None if same else cu_seqlens_k, *options)
     return (out, lse) if return_lse else out
 
 

@@ -8,6 +8,7 @@ from lrc_kernels.sequence_parallel.attention_2d import (
     ulysses_attention,
 )
 from lrc_kernels.sequence_parallel.comm import PeerError
+from lrc_kernels.sequence_parallel.decode import sequence_parallel_decode_attention
 from lrc_kernels.sequence_parallel.dropout import (
     drop_rows,
     gather_rows,
@@ -43,6 +44,7 @@ __all__ = [
     "rows_at",
     "rows_of_ranks",
     "sequence_parallel_attention",
+    "sequence_parallel_decode_attention",
     "sequence_parallel_scores",
     "shard",
     "sum_gradients",

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
-from lrc_kernels.backend import LIB
+from lrc_kernels import token_dropout
 from lrc_kernels.checks import check_tensor, check_values
 from lrc_kernels.sequence_parallel import ring
 from lrc_kernels.sequence_parallel.blocks import Saved, Task, accumulation_dtype, pack_keys
-from lrc_kernels.sequence_parallel.comm import Schedule, TorchRanks
+from lrc_kernels.sequence_parallel.comm import Schedule, TorchRanks, collective_op
+from lrc_kernels.sequence_parallel.dropout import rows_at_op, scores_op
 from lrc_kernels.sequence_parallel.encoding import decode
+from lrc_kernels.sequence_parallel.exchange import exchange_rows_op
 from lrc_kernels.sequence_parallel.heads import head_layout
 from lrc_kernels.sequence_parallel.mesh import ranks_of
 from lrc_kernels.sequence_parallel.plan import SequencePlan
@@ -155,28 +157,21 @@ def _fake_backward(
     return tuple(kept[0].new_empty(rows, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
 
 
-def _define(schema: str, run: Any, fake: Any) -> Any:
-    name = schema.split("(")[0]
-    LIB.define(schema)
-    LIB.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lrc::{name}", fake, lib=LIB)
-    return getattr(torch.ops.lrc, name).default
-
-
-_forward_op = _define(
+_forward_op = collective_op(
     f"sequence_parallel_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_bias, bool with_lse, {_OPTIONS}) "
     "-> (Tensor out, Tensor lse, Tensor packed, Tensor out_heads, Tensor lse_heads)",
     _run_forward,
     _fake_forward,
 )
-_backward_op = _define(
+_backward_op = collective_op(
     "sequence_parallel_attention_bwd(Tensor? dout, Tensor? dlse, Tensor[] kept, Tensor? key_bias, "
     f"ScalarType grad_wire, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     _run_backward,
     _fake_backward,
 )
-# For torch.utils.checkpoint.create_selective_checkpoint_contexts: kept, it need not communicate again.
-CHECKPOINT_OPS = (_forward_op,)
+# For torch.utils.checkpoint.create_selective_checkpoint_contexts: what they give is kept, so that a layer that is
+# computed again communicates nothing again, and drops what it dropped.
+CHECKPOINT_OPS = (_forward_op, exchange_rows_op, rows_at_op, scores_op, *token_dropout.CHECKPOINT_OPS)
 
 
 def refuse_second_order() -> None:

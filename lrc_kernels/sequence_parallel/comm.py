@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from lrc_kernels.backend import LIB
+
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -85,6 +87,23 @@ class PeerError(RuntimeError):
         self.peer, self.step = peer, step
 
 
+def as_words(x: Tensor) -> Tensor:
+    """[n, ...] of any dtype -> int64 [n, W], or int32 or uint8 where a row's bytes do not divide; a copy only where x
+    is not contiguous or starts between two words. What only moves needs no dtype of its own: backends, indexing and
+    padding each know some dtypes and not others, and all know these."""
+    width = x.shape[1:].numel() * x.element_size()
+    word = next(dtype for dtype in (torch.int64, torch.int32, torch.uint8) if width % dtype.itemsize == 0)
+    x = x.resolve_conj().resolve_neg().contiguous()
+    if x.storage_offset() * x.element_size() % word.itemsize:
+        x = x.clone()
+    return x.view(-1).view(word).view(x.shape[0], width // word.itemsize)
+
+
+def from_words(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse: rows as `as_words` has them, shaped and typed as those of `like`."""
+    return rows.view(-1).view(like.dtype).view(rows.shape[0], *like.shape[1:])
+
+
 class TorchRanks:
     """Runs this process's schedules over torch.distributed: `groups` by axis. `bytes_sent` counts what left this rank;
     `name` is the same on all ranks of the mesh, and no other mesh has it.
@@ -150,21 +169,22 @@ class TorchRanks:
 
     def _post(self, what: str, request: Request) -> Pending:
         _log.debug("rank %d: %s, step %d: %s", self.rank, what, request.step, type(request).__name__)
+        if isinstance(request, AllReduce):
+            sent = request.tensor.clone(memory_format=torch.contiguous_format)
+        else:
+            sent = as_words(request.tensor)
         try:
-            if isinstance(request, Shift):
-                return self._shift(request)
-            return self._collective(request)
+            return self._shift(request, sent) if isinstance(request, Shift) else self._collective(request, sent)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise self._peer_error(what, request, tuple(self.ranks[request.axis]), error) from error
 
-    def _shift(self, request: Shift) -> Pending:
+    def _shift(self, request: Shift, sent: Tensor) -> Pending:
         group, ranks = self.groups[request.axis], self.ranks[request.axis]
         here = ranks.index(self.rank)
         after, before = ranks[(here + 1) % len(ranks)], ranks[here - 1]
-        sent = request.tensor.contiguous()
-        arriving = sent.new_empty(request.receive_rows, *sent.shape[1:])
+        arriving = sent.new_empty(request.receive_rows, sent.shape[1])
         operations = []
         # Both sides know the sizes, so that both leave an empty message out.
         if sent.numel():
@@ -178,29 +198,30 @@ class TorchRanks:
         # The receive first: who waits for a message names the rank that owes it.
         pairs = list(zip(works, peers, strict=True))[::-1]
         # The request keeps the tensor that is being sent alive.
-        return Pending(Shift(request.axis, sent, request.receive_rows, request.step), arriving, pairs)
+        kept = Shift(request.axis, sent, request.receive_rows, request.step)
+        return Pending(kept, from_words(arriving, request.tensor), pairs)
 
-    def _collective(self, request: AllToAll | AllGather | AllReduce) -> Pending:
+    def _collective(self, request: AllToAll | AllGather | AllReduce, sent: Tensor) -> Pending:
         group, ranks = self.groups[request.axis], self.ranks[request.axis]
-        here, sent = ranks.index(self.rank), request.tensor.contiguous()
+        here = ranks.index(self.rank)
         if isinstance(request, AllReduce):
-            total = sent.clone()
-            work = distributed.all_reduce(total, group=group, async_op=True)
+            work = distributed.all_reduce(sent, group=group, async_op=True)
             # What a ring of the backend sends: to scatter the sums, and to gather them.
             self.bytes_sent += 2 * sent.nbytes * (len(ranks) - 1) // len(ranks)
-            return Pending(request, total, [(work, tuple(ranks))])
+            return Pending(request, sent, [(work, tuple(ranks))])
         if isinstance(request, AllGather):
-            arriving = sent.new_empty(len(ranks) * sent.shape[0], *sent.shape[1:])
+            arriving = sent.new_empty(len(ranks) * sent.shape[0], sent.shape[1])
             work = _all_gather(arriving, sent, group=group, async_op=True)
             self.bytes_sent += sent.nbytes * (len(ranks) - 1)
-            return Pending(AllGather(request.axis, sent, request.step), arriving, [(work, tuple(ranks))])
-        arriving = sent.new_empty(sum(request.receive_counts), *sent.shape[1:])
+            kept: Request = AllGather(request.axis, sent, request.step)
+            return Pending(kept, from_words(arriving, request.tensor), [(work, tuple(ranks))])
+        arriving = sent.new_empty(sum(request.receive_counts), sent.shape[1])
         work = distributed.all_to_all_single(
             arriving, sent, request.receive_counts, request.send_counts, group=group, async_op=True
         )
         self.bytes_sent += sent.nbytes - request.send_counts[here] * sent[:1].nbytes
         kept = AllToAll(request.axis, sent, request.send_counts, request.receive_counts, request.step)
-        return Pending(kept, arriving, [(work, tuple(ranks))])
+        return Pending(kept, from_words(arriving, request.tensor), [(work, tuple(ranks))])
 
     def _wait(self, what: str, pending: Pending) -> Tensor:
         for work, peers in pending.works:
@@ -243,6 +264,16 @@ class TorchRanks:
             # The store may have died with the rank that holds it.
             _log.warning("cannot ask the store which rank failed: %s", error)
         return suspects[0] if len(suspects) == 1 else None
+
+
+def collective_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An op of torch.library that communicates: one node of a compiled graph, and one result that selective activation
+    checkpointing can keep. It takes tensors and numbers, among them that of its `TorchRanks`."""
+    name = schema.split("(")[0]
+    LIB.define(schema)
+    LIB.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lrc::{name}", fake, lib=LIB)
+    return getattr(torch.ops.lrc, name).default
 
 
 class VirtualRanks:

@@ -5,8 +5,10 @@ on each, the plan of the rows that are left and their way to the ranks that hold
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +17,9 @@ from torch.nn.functional import pad
 from lrc_kernels.checks import check_choice, check_tensor
 from lrc_kernels.layout import VarlenLayout
 from lrc_kernels.sequence_parallel.arrangements import ARRANGEMENTS
-from lrc_kernels.sequence_parallel.comm import AllGather, Schedule
+from lrc_kernels.sequence_parallel.blocks import accumulation_dtype
+from lrc_kernels.sequence_parallel.comm import AllGather, Schedule, TorchRanks, as_words, collective_op, from_words
+from lrc_kernels.sequence_parallel.encoding import decode
 from lrc_kernels.sequence_parallel.exchange import RowExchange, exchange_rows, holders, plan_exchange, send_rows
 from lrc_kernels.sequence_parallel.mesh import place, ranks_of
 from lrc_kernels.sequence_parallel.plan import SequencePlan, plan_sequence
@@ -29,6 +33,8 @@ from lrc_kernels.token_dropout import (
 
 # Rows or attention of the fullest rank over the mean that a drop may leave before rows change their rank.
 SLACK = 0.05
+# Drops whose plan and exchange are kept: a layer that is computed again makes the selection of its first time.
+_KEPT = 8
 
 
 class ScoreBlocks(NamedTuple):
@@ -74,14 +80,14 @@ def score_blocks(plan: SequencePlan) -> ScoreBlocks:
 
 def gather_lists(x: Tensor, counts: Sequence[int], ring: int, ulysses: int) -> Schedule[Tensor]:
     """[count of this rank, ...] of every rank -> those of all, back to back in the order of ranks (ring-major)."""
-    longest = max(counts)
-    x = pad(x, (*[0, 0] * (x.dim() - 1), 0, longest - x.shape[0]))
+    longest, like = max(counts), x
+    x = pad(as_words(x), (0, 0, 0, longest - x.shape[0]))
     for step, (axis, size) in enumerate((("ulysses", ulysses), ("ring", ring))):
         if size > 1:
             arriving = yield AllGather(axis, x, step)
             x = yield arriving
     parts = x.unflatten(0, (len(counts), longest)).unbind(0)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return from_words(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), like)
 
 
 def scores_of_pack(
@@ -115,6 +121,27 @@ def scores_of_pack(
     scores = torch.empty_like(arrived)
     scores[torch.cat(dealt.rows).to(k.device)] = arrived
     return scores
+
+
+def _run_scores(
+    q: Tensor, k: Tensor, query_position: Tensor, plan: Tensor, ranks: int, num_tokens: int, head_reduce: str,
+    softmax_scale: float | None,
+) -> Tensor:  # fmt: skip
+    decoded, runs = decode(plan), TorchRanks.of(ranks)
+    here = runs.place(decoded.ring, decoded.ulysses)
+    schedule = scores_of_pack(decoded, here, q, k, query_position, head_reduce, softmax_scale)
+    with torch.no_grad():
+        return runs.run("scores of token dropout", schedule)
+
+
+scores_op = collective_op(
+    "sequence_parallel_scores(Tensor q, Tensor k, Tensor query_position, Tensor plan, int ranks, int num_tokens, "
+    "str head_reduce, float? softmax_scale) -> Tensor",
+    _run_scores,
+    lambda q, k, query_position, plan, ranks, num_tokens, *rest: k.new_empty(
+        num_tokens, dtype=accumulation_dtype(k.dtype)
+    ),
+)
 
 
 @torch.compiler.disable
@@ -159,9 +186,32 @@ def sequence_parallel_scores(
         raise ValueError(f"k must have the {plan.local_rows(here[0])} rows of this rank, got {k.shape[0]}")
     check_tensor("query_position", query_position, dims=(1,), dtypes=(torch.int32,), numel=q.shape[0], like=q)
     check_choice("head_reduce", head_reduce, ("mean", "sum", "max"))
-    with torch.no_grad():
-        schedule = scores_of_pack(plan, here, q.detach(), k.detach(), query_position, head_reduce, softmax_scale)
-        return ranks_of(mesh).run("scores of token dropout", schedule)
+    options = plan.encoded, ranks_of(mesh).number, plan.layout.num_tokens, head_reduce, softmax_scale
+    return scores_op(q.detach(), k.detach(), query_position, *options)
+
+
+def _run_rows_at(x: Tensor, rows: Tensor, plan: Tensor, ranks: int) -> Tensor:
+    decoded, runs = decode(plan), TorchRanks.of(ranks)
+    here = runs.place(decoded.ring, decoded.ulysses)
+    wanted, total = rows.cpu(), decoded.layout.num_tokens
+    outside = wanted[(wanted < 0) | (wanted >= total)]
+    if len(outside):
+        raise ValueError(f"rows must be in [0, {total}), got {int(outside[0])}")
+    owner, local = (table[wanted] for table in holders(rows_of_ranks(decoded), total))
+    mine = owner == here[0] * decoded.ulysses + here[1]
+    sent = as_words(x[local[mine].to(x.device)])
+    message = sent.new_zeros(len(wanted), sent.shape[1])
+    message[mine.to(x.device)] = sent
+    counts = [len(wanted)] * (decoded.ring * decoded.ulysses)
+    everything = runs.run("asking rows", gather_lists(message, counts, decoded.ring, decoded.ulysses))
+    return from_words(everything[(owner * len(wanted) + torch.arange(len(wanted))).to(x.device)], x)
+
+
+rows_at_op = collective_op(
+    "rows_at(Tensor x, Tensor rows, Tensor plan, int ranks) -> Tensor",
+    _run_rows_at,
+    lambda x, rows, *rest: x.new_empty(rows.shape[0], *x.shape[1:]),
+)
 
 
 @torch.compiler.disable
@@ -183,17 +233,7 @@ def rows_at(x: Tensor, rows: Tensor, plan: SequencePlan, mesh: DeviceMesh) -> Te
     check_tensor("rows", rows, dims=(1,), dtypes=(torch.int64,))
     if x.shape[0] != plan.local_rows(here[0]):
         raise ValueError(f"x must have the {plan.local_rows(here[0])} rows of this rank, got {x.shape[0]}")
-    wanted = rows.cpu()
-    outside = wanted[(wanted < 0) | (wanted >= plan.layout.num_tokens)]
-    if len(outside):
-        raise ValueError(f"rows must be in [0, {plan.layout.num_tokens}), got {int(outside[0])}")
-    owner, local = (table[wanted] for table in holders(rows_of_ranks(plan), plan.layout.num_tokens))
-    mine = owner == here[0] * plan.ulysses + here[1]
-    message = x.new_zeros(len(wanted), *x.shape[1:])
-    message[mine.to(x.device)] = x.detach()[local[mine].to(x.device)]
-    counts = [len(wanted)] * (plan.ring * plan.ulysses)
-    everything = ranks_of(mesh).run("asking rows", gather_lists(message, counts, plan.ring, plan.ulysses))
-    return everything[(owner * len(wanted) + torch.arange(len(wanted))).to(x.device)]
+    return rows_at_op(x.detach(), rows, plan.encoded, ranks_of(mesh).number)
 
 
 @torch.compiler.disable
@@ -232,7 +272,12 @@ def plan_after_drop(plan: SequencePlan, selection: Selection, *, slack: float = 
     check_choice("arrangement of plan", plan.arrangement, tuple(ARRANGEMENTS))
     if not selection.layout.is_on_host:
         raise ValueError("selection must have lengths that the host knows, got one with a capacity")
-    kept_before = pad((selection.inverse.cpu() >= 0).cumsum(0), (1, 0))
+    return _plan_after_drop(plan, selection.layout, _on_host(selection), slack)
+
+
+@lru_cache(maxsize=_KEPT)
+def _plan_after_drop(plan: SequencePlan, layout: VarlenLayout, inverse: bytes, slack: float) -> SequencePlan:
+    kept_before = pad((_numbers(inverse) >= 0).cumsum(0), (1, 0))
 
     def left(runs: tuple[range, ...]) -> tuple[range, ...]:
         # Kept rows close up: a range of rows becomes a range of those that are left.
@@ -241,13 +286,13 @@ def plan_after_drop(plan: SequencePlan, selection: Selection, *, slack: float = 
 
     shards = tuple(left(runs) for runs in plan.shards)
     stay = SequencePlan(
-        selection.layout, plan.ring, plan.ulysses, plan.num_heads, plan.num_kv_heads, plan.head_dim, plan.arrangement,
+        layout, plan.ring, plan.ulysses, plan.num_heads, plan.num_kv_heads, plan.head_dim, plan.arrangement,
         plan.transport, plan.causal, shards,
     )  # fmt: skip
     if plan.ring == 1 or _excess(stay) <= slack:
         return stay
     anew = plan_sequence(
-        selection.layout,
+        layout,
         ring=plan.ring,
         ulysses=plan.ulysses,
         num_heads=plan.num_heads,
@@ -283,10 +328,22 @@ def drop_rows(
         raise TypeError(f"after must be a SequencePlan, got {type(after).__name__}")
     if (plan.ring, plan.ulysses) != (after.ring, after.ulysses) or after.layout != selection.layout:
         raise ValueError(f"after must be the plan of the selection's {selection.layout}, got {after.layout}")
-    inverse = selection.inverse.cpu().long()
-    before = [torch.where(rows >= 0, inverse[rows.clamp(min=0)], -1) for rows in rows_of_ranks(plan)]
-    exchange = plan_exchange(before, rows_of_ranks(after), ring=plan.ring, ulysses=plan.ulysses)
-    return exchange_rows(tensors, exchange, mesh)
+    return exchange_rows(tensors, _exchange_of_drop(plan, after, _on_host(selection)), mesh)
+
+
+@lru_cache(maxsize=_KEPT)
+def _exchange_of_drop(plan: SequencePlan, after: SequencePlan, inverse: bytes) -> RowExchange:
+    kept = _numbers(inverse).long()
+    before = [torch.where(rows >= 0, kept[rows.clamp(min=0)], -1) for rows in rows_of_ranks(plan)]
+    return plan_exchange(before, rows_of_ranks(after), ring=plan.ring, ulysses=plan.ulysses)
+
+
+def _on_host(selection: Selection) -> bytes:
+    return selection.inverse.cpu().numpy().tobytes()
+
+
+def _numbers(inverse: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(inverse, dtype=np.int32).copy())
 
 
 def _check_selection(selection: Selection, plan: SequencePlan) -> None:

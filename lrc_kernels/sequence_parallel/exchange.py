@@ -4,17 +4,19 @@ comes out. Differentiable; the gradient goes back the way the rows came."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lrc_kernels.checks import check_device, check_int
-from lrc_kernels.sequence_parallel.comm import AllToAll, Schedule
+from lrc_kernels.sequence_parallel.comm import AllToAll, Schedule, TorchRanks, as_words, collective_op, from_words
 from lrc_kernels.sequence_parallel.mesh import ranks_of
 
 
@@ -49,6 +51,20 @@ class RowExchange:
     ring: int
     ulysses: int
     _cache: dict[Any, Moves] = field(default_factory=dict, repr=False)
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
+    _by_number: ClassVar[weakref.WeakValueDictionary[int, RowExchange]] = weakref.WeakValueDictionary()
+
+    @cached_property
+    def number(self) -> int:
+        """What ops of torch.library name it by, as long as it lives."""
+        number = next(self._numbers)
+        self._by_number[number] = self
+        return number
+
+    @classmethod
+    def of(cls, number: int) -> RowExchange:
+        """The one of that `number`."""
+        return cls._by_number[number]
 
     @cached_property
     def table(self) -> dict[str, Tensor]:
@@ -157,20 +173,36 @@ def return_rows(grad: Tensor, exchange: RowExchange, here: tuple[int, int]) -> S
     return x
 
 
+def _run_exchange(x: Tensor, exchange: int, ranks: int, back: bool) -> Tensor:
+    plan, runs = RowExchange.of(exchange), TorchRanks.of(ranks)
+    what, schedule = ("exchange of rows backward", return_rows) if back else ("exchange of rows", send_rows)
+    return from_words(runs.run(what, schedule(as_words(x), plan, runs.place(plan.ring, plan.ulysses))), x)
+
+
+def _fake_exchange(x: Tensor, exchange: int, ranks: int, back: bool) -> Tensor:
+    plan = RowExchange.of(exchange)
+    ring_rank, ulysses_rank = TorchRanks.of(ranks).place(plan.ring, plan.ulysses)
+    side = plan.before if back else plan.after
+    return x.new_empty(len(side[ring_rank * plan.ulysses + ulysses_rank]), *x.shape[1:])
+
+
+exchange_rows_op = collective_op(
+    "exchange_rows(Tensor x, int exchange, int ranks, bool back) -> Tensor", _run_exchange, _fake_exchange
+)
+
+
 class _ExchangeRows(torch.autograd.Function):
     """Rows to where they shall be, or back, which is the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, exchange: RowExchange, mesh: DeviceMesh, here: tuple[int, int], back: bool
-    ) -> Tensor:
-        ctx.options, ctx.back = (exchange, mesh, here), back
-        what, schedule = ("exchange of rows backward", return_rows) if back else ("exchange of rows", send_rows)
-        return ranks_of(mesh).run(what, schedule(x.contiguous(), exchange, here))
+    def forward(ctx: Any, x: Tensor, exchange: RowExchange, mesh: DeviceMesh, back: bool) -> Tensor:
+        # They live until the last backward.
+        ctx.options, ctx.back = (exchange, mesh), back
+        return exchange_rows_op(x, exchange.number, ranks_of(mesh).number, back)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _ExchangeRows.apply(grads[0], *ctx.options, not ctx.back), None, None, None, None
+        return _ExchangeRows.apply(grads[0], *ctx.options, not ctx.back), None, None, None
 
 
 @torch.compiler.disable
@@ -178,7 +210,7 @@ def exchange_rows(tensors: Sequence[Tensor], exchange: RowExchange, mesh: Device
     """Move this rank's rows to the ranks that shall hold them, in one message per dtype. Autograd. A collective.
 
     Args:
-        tensors: [rows before, ...] each, on one device.
+        tensors: [rows before, ...] each, of any dtype, on one device.
         exchange: by `plan_exchange`, the same on every rank.
         mesh: `make_mesh`, or one that has dimensions "ring" and "ulysses".
 
@@ -206,7 +238,7 @@ def exchange_rows(tensors: Sequence[Tensor], exchange: RowExchange, mesh: Device
         group = {index: x for index, x in enumerate(tensors) if x.dtype == dtype}
         widths = [x.shape[1:].numel() for x in group.values()]
         message = torch.cat([x.reshape(rows, width) for x, width in zip(group.values(), widths, strict=True)], 1)
-        moved = _ExchangeRows.apply(message, exchange, mesh, here, False).split(widths, 1)
+        moved = _ExchangeRows.apply(message, exchange, mesh, False).split(widths, 1)
         for (index, x), part in zip(group.items(), moved, strict=True):
             found[index] = part.unflatten(1, x.shape[1:]) if x.dim() > 1 else part.squeeze(1)
     return tuple(found)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lrc_kernels.checks import check_choice
+from lrc_kernels.checks import FLOATS, check_choice, check_tensor
 from lrc_kernels.sequence_parallel.comm import AllReduce, Schedule
 from lrc_kernels.sequence_parallel.mesh import DIMENSIONS, degree_of, ranks_of
 
 # Elements that travel in one all-reduce.
 BUCKET = 1 << 25
+# What both gloo and NCCL can add up.
+SUMMED = (*FLOATS, torch.int64, torch.int32, torch.int8, torch.uint8)
 
 
 @torch.no_grad()
@@ -25,10 +27,14 @@ def sum_over_ranks(x: Tensor, mesh: DeviceMesh, dims: Sequence[str] = DIMENSIONS
     The loss of a step is that of the local losses: every rank sums over its own rows, with weights that add up to 1
     over all packs of the step.
 
+    Args:
+        x: any shape; floating point of 16, 32 or 64 bits, int64, int32, int8 or uint8.
+
     Raises:
-        ValueError: a dimension that is none of "dp", "ring", "ulysses".
+        TypeError: another dtype. ValueError: a dimension that is none of "dp", "ring", "ulysses".
         PeerError: a rank died or stalled (gloo).
     """
+    check_tensor("x", x, dims=(x.dim(),) if isinstance(x, Tensor) else (), dtypes=SUMMED)
     for dim in dims:
         check_choice("dims", dim, DIMENSIONS)
     axes = [dim for dim in dims if degree_of(mesh, dim) > 1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
-from lrc_kernels.sequence_parallel.comm import AllGather, Schedule
+from lrc_kernels.sequence_parallel.comm import AllGather, Schedule, as_words, from_words
 from lrc_kernels.sequence_parallel.mesh import place, ranks_of
 from lrc_kernels.sequence_parallel.plan import SequencePlan
 
@@ -19,9 +19,11 @@ from lrc_kernels.sequence_parallel.plan import SequencePlan
 def take_rows(x: Tensor, plan: SequencePlan, here: tuple[int, int], dim: int = 0, fill: float = 0) -> Tensor:
     """The rows of `x` that the rank (ring, ulysses) holds; `fill` for padding."""
     index = plan.local_indices(*here).to(x.device)
-    missing = index < 0
-    rows = x.index_select(dim, index.clamp(min=0))
-    return rows.masked_fill(missing.view(-1, *[1] * (x.dim() - 1 - dim % x.dim())), fill)
+    dim %= x.dim()
+    missing = (index < 0).view(-1, *[1] * (x.dim() - 1 - dim))
+    # Neither index_select nor masked_fill, which know fewer dtypes.
+    rows = x[(slice(None),) * dim + (index.clamp(min=0),)]
+    return torch.where(missing, torch.tensor(fill, device=x.device).to(x.dtype), rows)
 
 
 def collect_rows(x: Tensor, plan: SequencePlan, ring_rank: int) -> Schedule[Tensor]:
@@ -103,11 +105,8 @@ class _Unshard(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: SequencePlan, mesh: DeviceMesh, dim: int) -> Tensor:
         ctx.options = plan, mesh, dim
         rows = x.movedim(dim, 0)
-        # gloo knows no bool.
-        message = rows.view(torch.uint8) if x.dtype == torch.bool else rows
-        whole = ranks_of(mesh).run("unshard", collect_rows(message, plan, place(plan, mesh)[0]))
-        whole = whole.view(torch.bool) if x.dtype == torch.bool else whole
-        return whole.movedim(0, dim).contiguous()
+        whole = ranks_of(mesh).run("unshard", collect_rows(as_words(rows), plan, place(plan, mesh)[0]))
+        return from_words(whole, rows).movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

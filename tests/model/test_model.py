@@ -66,11 +66,15 @@ def test_the_kernels_are_in_the_path():
 @pytest.mark.parametrize("dropout", DROPOUTS)
 def test_recomputation_changes_no_gradient(dropout):
     model = make_model(dropout)
-    gradients = []
+    gradients, decided = [], []
     for recompute in (False, True):
         model.zero_grad()
-        model(pack(8, 16), recompute=recompute).loss.backward()
+        with record() as ran:
+            model(pack(8, 16), recompute=recompute).loss.backward()
+        decided.append([name for name, _ in ran if name in ("attention_scores_fwd", "select_tokens_fwd")])
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    # A layer that is computed again does not choose again, as it might choose others.
+    assert decided[0] == decided[1] and len(decided[0]) == {"none": 0, "paper": 5, "videochat_flash": 3}[dropout]
     assert gradients[0].keys() == gradients[1].keys()
     assert {name.split(".")[0] for name in gradients[0]} == {"vision_model", "connector", "language_model"}
     for name, gradient in gradients[0].items():

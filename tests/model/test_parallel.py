@@ -8,6 +8,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from lrc_kernels.backend import record
 from lrc_kernels.packing import pack_samples
 from lrc_kernels.sequence_parallel import make_mesh, sum_gradients, sum_over_ranks
 from lrc_kernels.sequence_parallel.mesh import ranks_of
@@ -16,6 +17,7 @@ from lrc_model.config import tiny
 from lrc_model.model import LRCModel
 from lrc_model.parallel import SequenceParallel
 from tests.model.samples import make_sample
+from tests.sequence_parallel.posts import counted_posts
 
 SCHEDULES = {
     "linspace": DropoutSchedule((0,), (0.5,), ("linspace",), "renumber"),
@@ -135,21 +137,28 @@ def partial_many(arrangement, transport):
     return many_processes("attention", 1, 2, 2, arrangement=arrangement, transport=transport)
 
 
-def bytes_of_recompute():
-    """Bytes of forward and backward, plain and with layers computed again, of a model that drops nothing."""
+def sent_by_recompute(schedule):
+    """Messages, bytes, and how often rows were scored and selected in forward and backward of a model, plain and with
+    layers computed again."""
     mesh, batch = mesh_of(1, 2, 2), packs()[0]
-    sent = []
+    found = []
     for recompute in (False, True):
-        model = make_model("none")
+        model = make_model(schedule)
         before = ranks_of(mesh).bytes_sent
-        model(batch, parallel=SequenceParallel(model.config.text, mesh), recompute=recompute).loss.backward()
-        sent.append(ranks_of(mesh).bytes_sent - before)
-    return sent
+        with counted_posts() as posts, record() as ran:
+            parallel = SequenceParallel(model.config.text, mesh)
+            model(batch, seed=5, parallel=parallel, recompute=recompute).loss.backward()
+        names = [name for name, _ in ran]
+        decided = names.count("select_tokens_fwd"), names.count("attention_block_scores_fwd")
+        found.append((posts.count, ranks_of(mesh).bytes_sent - before, *decided))
+    return found
 
 
-def test_layers_computed_again_send_no_keys_again(rank_pools):
-    for plain, again in rank_pools(4).run(bytes_of_recompute):
-        assert plain == again > 0
+@pytest.mark.parametrize("schedule", ["none", "attention"])
+def test_layers_computed_again_send_nothing_again(rank_pools, schedule):
+    for plain, again in rank_pools(4).run(sent_by_recompute, schedule):
+        assert plain == again
+        assert min(plain[:2]) > 0 and plain[2:] == ((2, 2) if schedule == "attention" else (0, 0))
 
 
 def refusals():

@@ -2,7 +2,6 @@
 """Compiled and checkpointed layers on real processes: no graph break, few compiles, and no message sent twice."""
 
 import gc
-import logging
 
 import pytest
 import torch
@@ -16,12 +15,15 @@ from lrc_kernels.sequence_parallel import (
     drop_rows,
     make_mesh,
     plan_after_drop,
+    plan_exchange,
     plan_sequence,
+    rows_of_ranks,
     sequence_parallel_attention,
     shard,
 )
 from lrc_kernels.sequence_parallel.mesh import ranks_of
 from lrc_kernels.token_dropout import select_tokens
+from tests.sequence_parallel.posts import counted_posts
 
 HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16}
 PACKS = ([70, 0, 1, 130, 40], [9, 64], [1, 2, 3, 100, 5, 60], [200])
@@ -69,17 +71,6 @@ def test_a_compiled_layer_has_no_graph_break_and_serves_every_pack(rank_pools, r
         assert equal and compiles <= 2
 
 
-class Posts(logging.Handler):
-    """Counts the messages that this rank posts."""
-
-    def __init__(self):
-        super().__init__(logging.DEBUG)
-        self.count = 0
-
-    def emit(self, record):
-        self.count += 1
-
-
 def messages(ring, ulysses, compiled):
     """(messages, bytes) of a layer, of it under a plain and under a selective checkpoint; whether gradients agree."""
     torch._dynamo.reset()
@@ -98,22 +89,15 @@ def messages(ring, ulysses, compiled):
     def keep():
         return create_selective_checkpoint_contexts(list(CHECKPOINT_OPS))
 
-    log, posts = logging.getLogger("lrc_kernels.sequence_parallel.comm"), Posts()
-    log.addHandler(posts)
-    level = log.level
-    log.setLevel(logging.DEBUG)
     sent, gradients = [], []
-    try:
-        for run in (layer, plain, selective):
-            run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
-            local, dout = local_inputs(plan, mesh)
-            before, posts.count = ranks_of(mesh).bytes_sent, 0
+    for run in (layer, plain, selective):
+        run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+        local, dout = local_inputs(plan, mesh)
+        before = ranks_of(mesh).bytes_sent
+        with counted_posts() as posts:
             run(*local).backward(dout)
-            sent.append((posts.count, ranks_of(mesh).bytes_sent - before))
-            gradients.append([x.grad for x in local])
-    finally:
-        log.setLevel(level)
-        log.removeHandler(posts)
+        sent.append((posts.count, ranks_of(mesh).bytes_sent - before))
+        gradients.append([x.grad for x in local])
     return sent, all(torch.equal(x, y) for xs in gradients[1:] for x, y in zip(gradients[0], xs, strict=True))
 
 
@@ -151,6 +135,17 @@ def opchecks():
     given = (dout, None, [q, k, v, out, lse], None, torch.float64, *options)
     torch.library.opcheck(backward, given, test_utils=checks)
     assert len({x.untyped_storage().data_ptr() for x in backward(*given)}) == 3
+    # What a drop communicates by.
+    other = plan_sequence(VarlenLayout(PACKS[0][::-1]), ring=4, arrangement="contiguous", **HEADS)
+    exchange, number = plan_exchange(rows_of_ranks(plan), rows_of_ranks(other), ring=4, ulysses=1), options[1]
+    x = q.flatten(1)
+    for back, rows in ((False, x), (True, torch.ops.lrc.exchange_rows(x, exchange.number, number, False))):
+        torch.library.opcheck(torch.ops.lrc.exchange_rows, (rows, exchange.number, number, back), test_utils=checks)
+    asked = torch.tensor([3, 200])
+    torch.library.opcheck(torch.ops.lrc.rows_at, (x, asked, plan.encoded, number), test_utils=checks)
+    given = (q[:5].contiguous(), k.contiguous(), torch.arange(5, dtype=torch.int32), plan.encoded, number)
+    given += (plan.layout.num_tokens, "mean", None)
+    torch.library.opcheck(torch.ops.lrc.sequence_parallel_scores, given, test_utils=checks)
 
 
 def test_the_ops_are_what_they_say(rank_pools):

@@ -204,6 +204,8 @@ def test_the_plan_after_a_drop_is_even():
         held = torch.cat([after.local_indices(r, u) for r in range(4) for u in range(2)])
         assert torch.equal(held[held >= 0].sort().values, torch.arange(selection.num_kept))
         assert max(after.shard_rows) <= 1.05 * sum(after.shard_rows) / 4 and after.stats().imbalance <= 1.06
+        # A layer that is computed again plans once.
+        assert plan_after_drop(plan, selection) is after
         stays = plan_after_drop(plan, selection, slack=float("inf"))
         moved.append(after.shards != stays.shards)
     assert moved == [False, True]
