@@ -442,12 +442,39 @@ def cuda_supports_gather(
 
 
 def cuda_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
+    return _cuda_gather(y, assign, size, weight, None, layout)
+
+
+def _cuda_gather(
+    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, first_token: Tensor | None, layout: list[int]
+) -> Tensor:
     y, assign, size, weight = _gather_inputs(y, assign, size, weight)
     x = _gather_output(y, assign, layout)
     num_tokens, rows = _token_rows(x, layout)
     with torch.cuda.device(y.device):
         C.cuda_tome_gather(
-            *(y.data_ptr(), DTYPES[y.dtype], assign.data_ptr(), pointer(size), pointer(weight)),
+            *(y.data_ptr(), DTYPES[y.dtype], assign.data_ptr(), pointer(size), pointer(weight), pointer(first_token)),
             *(rows, num_tokens, x.data_ptr(), torch.cuda.current_stream().cuda_stream),
         )
     return x
+
+
+def cuda_supports_max_backward(
+    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
+) -> str | None:
+    return declines_dtype("x", x) or cuda_device_status(x.device.index)
+
+
+def cuda_max_backward(
+    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
+) -> Tensor:
+    x, y, assign = _unit_channel_stride(x), y.contiguous(), assign.contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    num_tokens, rows = _token_rows(x, layout)
+    first_token = torch.empty(y.shape, dtype=torch.int32, device=y.device)
+    with torch.cuda.device(x.device):
+        C.cuda_tome_first_tokens(
+            *(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, y.data_ptr(), y.shape[0], assign.data_ptr()),
+            *(pointer(weight), first_token.data_ptr(), torch.cuda.current_stream().cuda_stream),
+        )
+    return _cuda_gather(grad, assign, None, None, first_token, layout)
