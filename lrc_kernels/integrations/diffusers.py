@@ -25,12 +25,16 @@ class Session:
     """What the blocks of one patched UNet share: the options, and where the denoising stands.
 
     Attributes:
+        pipe: what was patched, whose scheduler says when a run begins.
         grid: rows and columns of the latent of the current step, None before the first.
         step: forwards of the UNet so far.
+        run: denoising runs so far; no plan goes from one to the next.
+        timesteps, timestep: the scheduler's table and the entry of the last step, read where plans outlive a step.
         num_merged: blocks that have merged, all steps together.
         hooks: `begin` and `end` on the UNet.
     """
 
+    pipe: Any
     ratio: float
     sx: int
     sy: int
@@ -40,6 +44,9 @@ class Session:
     generator: torch.Generator
     grid: tuple[int, int] | None = None
     step: int = 0
+    run: int = 0
+    timesteps: Any = None
+    timestep: float | None = None
     num_merged: int = 0
     hooks: list[RemovableHandle] = field(default_factory=list)
 
@@ -52,13 +59,28 @@ class Session:
             self.hooks.pop().remove()
 
     def begin(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """A forward pre-hook of the UNet: reads the size of the latent [B, C, H, W]."""
+        """A forward pre-hook of the UNet: reads the size of the latent [B, C, H, W], and whether a run begins."""
         sample = arguments[0] if arguments else options.get("sample")
         if not isinstance(sample, Tensor) or sample.dim() != 4:
             seen = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
             raise ValueError(f"the UNet's sample must be a latent [B, C, H, W], got {seen}")
         self.grid = (sample.shape[2], sample.shape[3])
         self.step += 1
+        if self.reuse_steps > 1 and self._begins_run(arguments[1] if len(arguments) > 1 else options.get("timestep")):
+            self.run += 1
+
+    def _begins_run(self, timestep: Any) -> bool:
+        """Whether a run begins: its timesteps are set, or go up after they went down."""
+        timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        now = float(timestep.max()) if isinstance(timestep, Tensor) else timestep
+        rises = now is not None and self.timestep is not None and now > self.timestep
+        begins = rises or timesteps is not self.timesteps
+        self.timesteps, self.timestep = timesteps, now
+        return begins
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the UNet is of no pipeline, and must not bring one along.
+        return {**self.__dict__, "pipe": None, "timesteps": None}
 
     def end(self, unet: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the UNet: says once that nothing merges, which costs quality nothing and saves nothing."""
@@ -81,6 +103,18 @@ class Slot:
     made_for: tuple[Any, ...] = field(default_factory=tuple)
 
 
+class TomePatch(Patch):
+    """A patched UNet. `undo()` restores it; `reset()` says that another image begins."""
+
+    def __init__(self, model: Any, session: Session) -> None:
+        super().__init__(model)
+        self._session = session
+
+    def reset(self) -> None:
+        """Let no plan of the steps so far serve another, where `reuse_steps` would."""
+        self._session.run += 1
+
+
 def apply_tome_to_diffusers(
     pipe: Any,
     ratio: float = 0.5,
@@ -91,7 +125,7 @@ def apply_tome_to_diffusers(
     reuse_steps: int = 1,
     random: bool = True,
     generator: torch.Generator | None = None,
-) -> Patch:
+) -> TomePatch:
     """Merge a share of the tokens around every self-attention of a diffusers UNet, without training it.
 
     >>> patch = apply_tome_to_diffusers(pipe, ratio=0.5, generator=torch.Generator().manual_seed(0))
@@ -108,13 +142,16 @@ def apply_tome_to_diffusers(
         ratio: share of the tokens to merge, 0 <= ratio < 1; at most those that are no destinations (3/4 for 2 x 2).
         sx, sy: columns and rows of a window. Rows and columns that fill no window hold sources only.
         max_downsample: blocks at a coarser resolution than latent / max_downsample are left alone. SDXL has none at 1.
-        reuse_steps: denoising steps that a plan serves; 1 matches anew in every step. With more, apply the patch anew
-            for each image: nothing tells the UNet that one begins, and its first steps may take the last one's plan.
+        reuse_steps: forwards of the UNet that a plan serves; 1 matches anew in every step. No plan goes from one run to
+            the next: one begins where the scheduler of `pipe` sets its timesteps, as every call of a pipeline does, or
+            where the UNet sees a larger timestep than before, which costs one read of it a step. Call the patch's
+            `reset()` where neither says so: a UNet without its pipeline that is run for one step, or after a run that
+            was left halfway. Timesteps that rise throughout (inversion) reuse nothing.
         random: False takes the top left token of each window, as does a batch of odd size (a prompt without its pair).
         generator: of the destinations; None = a new one on the CPU with seed 0. Its device may differ from the model's.
 
     Returns:
-        A `Patch` with `.model` and `.undo()`.
+        A `TomePatch` with `.model`, `.undo()` and `.reset()`.
 
     Raises:
         TypeError: a pipe without a UNet, a generator of another type. ValueError: options out of range, a UNet without
@@ -135,14 +172,14 @@ def apply_tome_to_diffusers(
     blocks = [module for module in unet.modules() if _is_transformer_block(module)]
     if not blocks:
         raise ValueError(f"the UNet must have a BasicTransformerBlock, got {type(unet).__name__} without one")
-    session = Session(ratio, sx, sy, max_downsample, reuse_steps, random, generator)
+    session = Session(pipe, ratio, sx, sy, max_downsample, reuse_steps, random, generator)
     first_arguments = [getattr(block.__dict__.get("forward"), "args", ())[:1] for block in blocks]
     earlier = [first[0].session for first in first_arguments if first and isinstance(first[0], Slot)]
     replacements: list[tuple[nn.Module, Any, Slot]] = []
     for block in blocks:
         slot = Slot(session)
         replacements += [(block, merging_block, slot), (cast(nn.Module, block.attn1), merging_attention, slot)]
-    patch = Patch(pipe)
+    patch = TomePatch(pipe, session)
     patch.replace_forwards(replacements)
     for replaced in earlier:
         replaced.detach()
@@ -210,8 +247,8 @@ def _plan(slot: Slot, hidden_states: Tensor) -> MergePlan | None:
     r = min(int(length * session.ratio), length - num_destinations)
     if r == 0 or num_destinations == 0:
         return None
-    shape = (batch, *grid, hidden_states.device)
-    if slot.made is None or slot.made_for != shape or session.step - slot.made_at >= session.reuse_steps:
+    key = (session.run, batch, *grid, hidden_states.device)
+    if slot.made is None or slot.made_for != key or session.step - slot.made_at >= session.reuse_steps:
         draws = session.random and batch % 2 == 0
         destination = window_destinations(
             grid, sx=session.sx, sy=session.sy, generator=session.generator if draws else None
@@ -221,7 +258,7 @@ def _plan(slot: Slot, hidden_states: Tensor) -> MergePlan | None:
             uniform_budget(batch, length, (r,), hidden_states.device),
             destination=destination.to(hidden_states.device).repeat(batch),
         )
-        slot.made_at, slot.made_for = session.step, shape
+        slot.made_at, slot.made_for = session.step, key
     return slot.made
 
 
