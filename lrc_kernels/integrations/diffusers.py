@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,13 +25,16 @@ from lrc_kernels.tome.plan import uniform_budget
 class Session:
     """What the blocks of one patched UNet share: the options, and where the denoising stands.
 
+    Nothing that a block reads changes from step to step but whether it has a plan, or torch.compile would compile it
+    anew in each.
+
     Attributes:
         pipe: what was patched, whose scheduler says when a run begins.
+        slots: those of the blocks.
         grid: rows and columns of the latent of the current step, None before the first.
-        step: forwards of the UNet so far.
-        run: denoising runs so far; no plan goes from one to the next.
+        age: forwards of the UNet since the blocks last forgot their plans.
         timesteps, timestep: the scheduler's table and the entry of the last step, read where plans outlive a step.
-        num_merged: blocks that have merged, all steps together.
+        has_merged: whether a block ever has, and has_ended whether a forward has.
         hooks: `begin` and `end` on the UNet.
     """
 
@@ -43,11 +47,12 @@ class Session:
     random: bool
     generator: torch.Generator
     grid: tuple[int, int] | None = None
-    step: int = 0
-    run: int = 0
+    slots: list[Slot] = field(default_factory=list, repr=False)
+    age: int = 0
     timesteps: Any = None
     timestep: float | None = None
-    num_merged: int = 0
+    has_merged: bool = False
+    has_ended: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     def attach(self, unet: nn.Module) -> None:
@@ -58,16 +63,24 @@ class Session:
         while self.hooks:
             self.hooks.pop().remove()
 
+    def forget(self) -> None:
+        """Let no plan of the steps so far serve another."""
+        self.age = 0
+        for slot in self.slots:
+            slot.made = None
+
+    @torch.compiler.disable
     def begin(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """A forward pre-hook of the UNet: reads the size of the latent [B, C, H, W], and whether a run begins."""
+        """A forward pre-hook of the UNet: reads the size of the latent [B, C, H, W], and whether plans have served."""
         sample = arguments[0] if arguments else options.get("sample")
         if not isinstance(sample, Tensor) or sample.dim() != 4:
             seen = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
             raise ValueError(f"the UNet's sample must be a latent [B, C, H, W], got {seen}")
         self.grid = (sample.shape[2], sample.shape[3])
-        self.step += 1
-        if self.reuse_steps > 1 and self._begins_run(arguments[1] if len(arguments) > 1 else options.get("timestep")):
-            self.run += 1
+        timestep = arguments[1] if len(arguments) > 1 else options.get("timestep")
+        if self.reuse_steps == 1 or self._begins_run(timestep) or self.age >= self.reuse_steps:
+            self.forget()
+        self.age += 1
 
     def _begins_run(self, timestep: Any) -> bool:
         """Whether a run begins: its timesteps are set, or go up after they went down."""
@@ -82,9 +95,11 @@ class Session:
         # A copy of the UNet is of no pipeline, and must not bring one along.
         return {**self.__dict__, "pipe": None, "timesteps": None}
 
+    @torch.compiler.disable
     def end(self, unet: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the UNet: says once that nothing merges, which costs quality nothing and saves nothing."""
-        if self.step == 1 and self.num_merged == 0 and self.ratio > 0:
+        said, self.has_ended = self.has_ended, True
+        if not said and not self.has_merged and self.ratio > 0:
             warnings.warn(
                 f"no block merged: none has self-attention at a downsampling <= max_downsample = {self.max_downsample} "
                 "with windows to merge (SDXL needs max_downsample=2)",
@@ -94,12 +109,17 @@ class Session:
 
 @dataclass
 class Slot:
-    """One block's place in a session: the plan of its self-attention while it runs, and the last plan that it made."""
+    """One block's place in a session: the plan of its self-attention while it runs, and the last plan that it made.
+
+    Attributes:
+        forwards: what the classes of the block and of its self-attention define, as functions: torch.compile traces no
+            attribute of a class that it was told to leave alone, as diffusers tells it of these.
+    """
 
     session: Session
+    forwards: tuple[Callable[..., Any], Callable[..., Any]]
     running: MergePlan | None = None
     made: MergePlan | None = None
-    made_at: int = 0
     made_for: tuple[Any, ...] = field(default_factory=tuple)
 
 
@@ -112,7 +132,7 @@ class TomePatch(Patch):
 
     def reset(self) -> None:
         """Let no plan of the steps so far serve another, where `reuse_steps` would."""
-        self._session.run += 1
+        self._session.forget()
 
 
 def apply_tome_to_diffusers(
@@ -148,6 +168,7 @@ def apply_tome_to_diffusers(
             `reset()` where neither says so: a UNet without its pipeline that is run for one step, or after a run that
             was left halfway. Timesteps that rise throughout (inversion) reuse nothing.
         random: False takes the top left token of each window, as does a batch of odd size (a prompt without its pair).
+            Then torch.compile takes the UNet in one graph for all steps; it breaks where destinations are drawn.
         generator: of the destinations; None = a new one on the CPU with seed 0. Its device may differ from the model's.
 
     Returns:
@@ -177,8 +198,10 @@ def apply_tome_to_diffusers(
     earlier = [first[0].session for first in first_arguments if first and isinstance(first[0], Slot)]
     replacements: list[tuple[nn.Module, Any, Slot]] = []
     for block in blocks:
-        slot = Slot(session)
-        replacements += [(block, merging_block, slot), (cast(nn.Module, block.attn1), merging_attention, slot)]
+        attention = cast(nn.Module, block.attn1)
+        slot = Slot(session, (type(block).forward, type(attention).forward))
+        session.slots.append(slot)
+        replacements += [(block, merging_block, slot), (attention, merging_attention, slot)]
     patch = TomePatch(pipe, session)
     patch.replace_forwards(replacements)
     for replaced in earlier:
@@ -192,7 +215,7 @@ def merging_block(slot: Slot, block: nn.Module, hidden_states: Tensor, *argument
     """The forward of a patched block: tokens match by what enters the block, and its self-attention merges them."""
     slot.running = _plan(slot, hidden_states)
     try:
-        return type(block).forward(block, hidden_states, *arguments, **options)
+        return slot.forwards[0](block, hidden_states, *arguments, **options)
     finally:
         slot.running = None
 
@@ -201,12 +224,12 @@ def merging_attention(slot: Slot, attention: nn.Module, hidden_states: Tensor, *
     """The forward of a patched block's self-attention on [B, N, C]: merge, attend, give every token its row back."""
     plan = slot.running
     if plan is None:
-        return type(attention).forward(attention, hidden_states, *arguments, **options)
+        return slot.forwards[1](attention, hidden_states, *arguments, **options)
     if options.get("attention_mask") is not None:
         raise ValueError("the attention mask of self-attention must be None where tokens merge, got a mask")
-    slot.session.num_merged += 1
+    slot.session.has_merged = True
     merged = merge_tokens(hidden_states, plan)
-    return unmerge_tokens(type(attention).forward(attention, merged, *arguments, **options), plan)
+    return unmerge_tokens(slot.forwards[1](attention, merged, *arguments, **options), plan)
 
 
 def window_destinations(
@@ -247,8 +270,8 @@ def _plan(slot: Slot, hidden_states: Tensor) -> MergePlan | None:
     r = min(int(length * session.ratio), length - num_destinations)
     if r == 0 or num_destinations == 0:
         return None
-    key = (session.run, batch, *grid, hidden_states.device)
-    if slot.made is None or slot.made_for != key or session.step - slot.made_at >= session.reuse_steps:
+    shape = (batch, *grid, hidden_states.device)
+    if slot.made is None or slot.made_for != shape:
         draws = session.random and batch % 2 == 0
         destination = window_destinations(
             grid, sx=session.sx, sy=session.sy, generator=session.generator if draws else None
@@ -258,7 +281,7 @@ def _plan(slot: Slot, hidden_states: Tensor) -> MergePlan | None:
             uniform_budget(batch, length, (r,), hidden_states.device),
             destination=destination.to(hidden_states.device).repeat(batch),
         )
-        slot.made_at, slot.made_for = session.step, key
+        slot.made_for = shape
     return slot.made
 
 

@@ -198,6 +198,22 @@ def test_reset_begins_a_run(unet, random):
     assert plans_of(unet)[0] is not first
 
 
+@pytest.mark.no_poison
+def test_compiles_into_one_graph_for_all_steps(unet, random):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for cls in (BasicTransformerBlock, SelfAttention):
+        torch._dynamo.allow_in_graph(cls)  # as diffusers does with its own
+    x = torch.randn(2, 8, 8, 8, generator=random)
+    apply_tome_to_diffusers(unet, 0.5, random=False, reuse_steps=2)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        wanted = copy.deepcopy(unet)(x)
+        for timestep in (7, 7, 5, 3):
+            torch.testing.assert_close(compiled(x, torch.tensor(timestep)), wanted, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one makes the plans, another takes them"
+
+
 def test_a_copy_brings_no_pipeline(unet, random):
     pipe = Pipeline(unet)
     pipe.decoder = nn.Linear(3, 3)
@@ -210,7 +226,7 @@ def test_a_copy_brings_no_pipeline(unet, random):
         assert torch.equal(copied(x, 1), wanted) and torch.equal(pickled(x, 1), wanted)
         session = copied.fine.forward.args[0].session
         assert session.pipe is None and session is not unet.fine.forward.args[0].session
-        assert session.step == 3, "the copy's hooks are its own session's"
+        assert session.age == 1, "the copy's hooks are its own session's"
 
 
 def test_randomness_is_the_generators_and_the_batch_shares_it(unet, random):
