@@ -36,6 +36,15 @@ def rows_of(tokens: Tensor, layout: list[int]) -> Tensor:
     return torch.cat([frames.new_zeros(frames.shape[0], prefix, width), frames], dim=1)
 
 
+def empty_tokens(y: Tensor, num_tokens: int, layout: list[int]) -> Tensor:
+    """Room for what `rows_of` makes of tokens with as many channels as y [*, D_token] has."""
+    if not layout:
+        return y.new_empty(num_tokens, y.shape[1])
+    clip_frames, h, w, s, prefix = layout
+    frames = num_tokens // (clip_frames * h * w // s**2) * clip_frames
+    return y.new_empty(frames, prefix + h * w, y.shape[1] // s**2)
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
