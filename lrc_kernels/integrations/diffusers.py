@@ -55,6 +55,14 @@ class Session:
     has_ended: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio must be a number with 0 <= ratio < 1, got {self.ratio!r}")
+        for name in ("sx", "sy", "max_downsample", "reuse_steps"):
+            check_int(name, getattr(self, name), minimum=1)
+        if not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
+
     def attach(self, unet: nn.Module) -> None:
         self.hooks.append(unet.register_forward_pre_hook(self.begin, with_kwargs=True))
         self.hooks.append(unet.register_forward_hook(self.end))
@@ -162,11 +170,9 @@ def apply_tome_to_diffusers(
         ratio: share of the tokens to merge, 0 <= ratio < 1; at most those that are no destinations (3/4 for 2 x 2).
         sx, sy: columns and rows of a window. Rows and columns that fill no window hold sources only.
         max_downsample: blocks at a coarser resolution than latent / max_downsample are left alone. SDXL has none at 1.
-        reuse_steps: forwards of the UNet that a plan serves; 1 matches anew in every step. No plan goes from one run to
-            the next: one begins where the scheduler of `pipe` sets its timesteps, as every call of a pipeline does, or
-            where the UNet sees a larger timestep than before, which costs one read of it a step. Call the patch's
-            `reset()` where neither says so: a UNet without its pipeline that is run for one step, or after a run that
-            was left halfway. Timesteps that rise throughout (inversion) reuse nothing.
+        reuse_steps: forwards of the UNet that a plan serves, within one run. A run begins where the scheduler of `pipe`
+            sets its timesteps, as every call of a pipeline does, or where the UNet sees a larger timestep than before,
+            which it reads once a step. Where neither says so (a UNet alone, run for one step), call `reset()`.
         random: False takes the top left token of each window, as does a batch of odd size (a prompt without its pair).
             Then torch.compile takes the UNet in one graph for all steps; it breaks where destinations are drawn.
         generator: of the destinations; None = a new one on the CPU with seed 0. Its device may differ from the model's.
@@ -179,28 +185,16 @@ def apply_tome_to_diffusers(
         such blocks, a forward that something else replaced. When it runs, ValueError: a mask on self-attention, tokens
         that are no image of the latent's shape.
     """
-    unet = getattr(pipe, "unet", pipe)
-    if not isinstance(unet, nn.Module):
-        raise TypeError(f"pipe must be a torch.nn.Module or have a unet, got {type(pipe).__name__}")
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be a number with 0 <= ratio < 1, got {ratio!r}")
-    for name, value in {"sx": sx, "sy": sy, "max_downsample": max_downsample, "reuse_steps": reuse_steps}.items():
-        check_int(name, value, minimum=1)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    elif not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    blocks = [module for module in unet.modules() if _is_transformer_block(module)]
-    if not blocks:
-        raise ValueError(f"the UNet must have a BasicTransformerBlock, got {type(unet).__name__} without one")
     session = Session(pipe, ratio, sx, sy, max_downsample, reuse_steps, random, generator)
+    unet, blocks = _find_blocks(pipe)
     first_arguments = [getattr(block.__dict__.get("forward"), "args", ())[:1] for block in blocks]
     earlier = [first[0].session for first in first_arguments if first and isinstance(first[0], Slot)]
     replacements: list[tuple[nn.Module, Any, Slot]] = []
     for block in blocks:
         attention = cast(nn.Module, block.attn1)
-        slot = Slot(session, (type(block).forward, type(attention).forward))
-        session.slots.append(slot)
+        session.slots.append(slot := Slot(session, (type(block).forward, type(attention).forward)))
         replacements += [(block, merging_block, slot), (attention, merging_attention, slot)]
     patch = TomePatch(pipe, session)
     patch.replace_forwards(replacements)
@@ -283,6 +277,17 @@ def _plan(slot: Slot, hidden_states: Tensor) -> MergePlan | None:
         )
         slot.made_for = shape
     return slot.made
+
+
+def _find_blocks(pipe: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """(the UNet, its blocks)."""
+    unet = getattr(pipe, "unet", pipe)
+    if not isinstance(unet, nn.Module):
+        raise TypeError(f"pipe must be a torch.nn.Module or have a unet, got {type(pipe).__name__}")
+    blocks = [module for module in unet.modules() if _is_transformer_block(module)]
+    if not blocks:
+        raise ValueError(f"the UNet must have a BasicTransformerBlock, got {type(unet).__name__} without one")
+    return unet, blocks
 
 
 def _is_transformer_block(module: nn.Module) -> bool:

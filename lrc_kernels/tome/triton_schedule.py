@@ -165,7 +165,6 @@ def launch_plan(
     precision: str, order: str, zero_policy: str, num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.plan` with Triton kernels: same arguments, same result.
-
     Two launches besides two (pure halvings) or three for each iteration, while K <= 128.
     """
     (total, width), num_segments, num_iterations = metric.shape, cu_seqlens_in.shape[0] - 1, r.shape[0]
