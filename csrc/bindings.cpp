@@ -233,11 +233,19 @@ void cuda_tome_merge(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows,
       reinterpret_cast<cudaStream_t>(stream));
 }
 
-void cuda_tome_gather(uintptr_t y, int dtype, uintptr_t assign, uintptr_t size, uintptr_t weight,
+void cuda_tome_first_tokens(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t y,
+                            int64_t num_out, uintptr_t assign, uintptr_t weight, uintptr_t first_token,
+                            uintptr_t stream) {
+  lrc::first_tokens(pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows), num_tokens, pointer<void>(y),
+                    num_out, pointer<int32_t>(assign), pointer<float>(weight), pointer<uint32_t>(first_token),
+                    reinterpret_cast<cudaStream_t>(stream));
+}
+
+void cuda_tome_gather(uintptr_t y, int dtype, uintptr_t assign, uintptr_t size, uintptr_t weight, uintptr_t first_token,
                       const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t x, uintptr_t stream) {
   lrc::gather_rows(pointer<void>(y), static_cast<lrc::DType>(dtype), pointer<int32_t>(assign), pointer<float>(size),
-                   pointer<float>(weight), token_rows(rows), num_tokens, pointer<void>(x),
-                   reinterpret_cast<cudaStream_t>(stream));
+                   pointer<float>(weight), pointer<uint32_t>(first_token), token_rows(rows), num_tokens,
+                   pointer<void>(x), reinterpret_cast<cudaStream_t>(stream));
 }
 
 /// The fields of lrc::PartialAttention in their order.
@@ -362,8 +370,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_tokens"), py::arg("assign"), py::arg("size"), py::arg("weight"), py::arg("cu_seqlens_in"),
         py::arg("cu_seqlens_out"), py::arg("num_segments"), py::arg("num_out"), py::arg("reduction"), py::arg("y"),
         py::arg("stream"));
+  m.def("cuda_tome_first_tokens", &cuda_tome_first_tokens, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"),
+        py::arg("num_tokens"), py::arg("y"), py::arg("num_out"), py::arg("assign"), py::arg("weight"),
+        py::arg("first_token"), py::arg("stream"));
   m.def("cuda_tome_gather", &cuda_tome_gather, NoGil(), py::arg("y"), py::arg("dtype"), py::arg("assign"),
-        py::arg("size"), py::arg("weight"), py::arg("rows"), py::arg("num_tokens"), py::arg("x"), py::arg("stream"));
+        py::arg("size"), py::arg("weight"), py::arg("first_token"), py::arg("rows"), py::arg("num_tokens"),
+        py::arg("x"), py::arg("stream"));
   m.def("cuda_attention_merge_partials", &cuda_attention_merge_partials, NoGil(), py::arg("first"), py::arg("second"),
         py::arg("num_rows"), py::arg("num_heads"), py::arg("num_channels"), py::arg("merged"), py::arg("merged_lse"),
         py::arg("stream"));

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,13 +25,20 @@ from lrc_kernels.tome.plan import uniform_budget
 class Session:
     """What the blocks of one patched UNet share: the options, and where the denoising stands.
 
+    Nothing that a block reads changes from step to step but whether it has a plan, or torch.compile would compile it
+    anew in each.
+
     Attributes:
+        pipe: what was patched, whose scheduler says when a run begins.
+        slots: those of the blocks.
         grid: rows and columns of the latent of the current step, None before the first.
-        step: forwards of the UNet so far.
-        num_merged: blocks that have merged, all steps together.
+        age: forwards of the UNet since the blocks last forgot their plans.
+        timesteps, timestep: the scheduler's table and the entry of the last step, read where plans outlive a step.
+        has_merged: whether a block ever has, and has_ended whether a forward has.
         hooks: `begin` and `end` on the UNet.
     """
 
+    pipe: Any
     ratio: float
     sx: int
     sy: int
@@ -39,9 +47,21 @@ class Session:
     random: bool
     generator: torch.Generator
     grid: tuple[int, int] | None = None
-    step: int = 0
-    num_merged: int = 0
+    slots: list[Slot] = field(default_factory=list, repr=False)
+    age: int = 0
+    timesteps: Any = None
+    timestep: float | None = None
+    has_merged: bool = False
+    has_ended: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio must be a number with 0 <= ratio < 1, got {self.ratio!r}")
+        for name in ("sx", "sy", "max_downsample", "reuse_steps"):
+            check_int(name, getattr(self, name), minimum=1)
+        if not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}")
 
     def attach(self, unet: nn.Module) -> None:
         self.hooks.append(unet.register_forward_pre_hook(self.begin, with_kwargs=True))
@@ -51,18 +71,43 @@ class Session:
         while self.hooks:
             self.hooks.pop().remove()
 
+    def forget(self) -> None:
+        """Let no plan of the steps so far serve another."""
+        self.age = 0
+        for slot in self.slots:
+            slot.made = None
+
+    @torch.compiler.disable
     def begin(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """A forward pre-hook of the UNet: reads the size of the latent [B, C, H, W]."""
+        """A forward pre-hook of the UNet: reads the size of the latent [B, C, H, W], and whether plans have served."""
         sample = arguments[0] if arguments else options.get("sample")
         if not isinstance(sample, Tensor) or sample.dim() != 4:
             seen = list(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
             raise ValueError(f"the UNet's sample must be a latent [B, C, H, W], got {seen}")
         self.grid = (sample.shape[2], sample.shape[3])
-        self.step += 1
+        timestep = arguments[1] if len(arguments) > 1 else options.get("timestep")
+        if self.reuse_steps == 1 or self._begins_run(timestep) or self.age >= self.reuse_steps:
+            self.forget()
+        self.age += 1
 
+    def _begins_run(self, timestep: Any) -> bool:
+        """Whether a run begins: its timesteps are set, or go up after they went down."""
+        timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        now = float(timestep.max()) if isinstance(timestep, Tensor) else timestep
+        rises = now is not None and self.timestep is not None and now > self.timestep
+        begins = rises or timesteps is not self.timesteps
+        self.timesteps, self.timestep = timesteps, now
+        return begins
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the UNet is of no pipeline, and must not bring one along.
+        return {**self.__dict__, "pipe": None, "timesteps": None}
+
+    @torch.compiler.disable
     def end(self, unet: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the UNet: says once that nothing merges, which costs quality nothing and saves nothing."""
-        if self.step == 1 and self.num_merged == 0 and self.ratio > 0:
+        said, self.has_ended = self.has_ended, True
+        if not said and not self.has_merged and self.ratio > 0:
             warnings.warn(
                 f"no block merged: none has self-attention at a downsampling <= max_downsample = {self.max_downsample} "
                 "with windows to merge (SDXL needs max_downsample=2)",
@@ -72,13 +117,30 @@ class Session:
 
 @dataclass
 class Slot:
-    """One block's place in a session: the plan of its self-attention while it runs, and the last plan that it made."""
+    """One block's place in a session: the plan of its self-attention while it runs, and the last plan that it made.
+
+    Attributes:
+        forwards: what the classes of the block and of its self-attention define, as functions: torch.compile traces no
+            attribute of a class that it was told to leave alone, as diffusers tells it of these.
+    """
 
     session: Session
+    forwards: tuple[Callable[..., Any], Callable[..., Any]]
     running: MergePlan | None = None
     made: MergePlan | None = None
-    made_at: int = 0
     made_for: tuple[Any, ...] = field(default_factory=tuple)
+
+
+class TomePatch(Patch):
+    """A patched UNet. `undo()` restores it; `reset()` says that another image begins."""
+
+    def __init__(self, model: Any, session: Session) -> None:
+        super().__init__(model)
+        self._session = session
+
+    def reset(self) -> None:
+        """Let no plan of the steps so far serve another, where `reuse_steps` would."""
+        self._session.forget()
 
 
 def apply_tome_to_diffusers(
@@ -91,7 +153,7 @@ def apply_tome_to_diffusers(
     reuse_steps: int = 1,
     random: bool = True,
     generator: torch.Generator | None = None,
-) -> Patch:
+) -> TomePatch:
     """Merge a share of the tokens around every self-attention of a diffusers UNet, without training it.
 
     >>> patch = apply_tome_to_diffusers(pipe, ratio=0.5, generator=torch.Generator().manual_seed(0))
@@ -108,41 +170,33 @@ def apply_tome_to_diffusers(
         ratio: share of the tokens to merge, 0 <= ratio < 1; at most those that are no destinations (3/4 for 2 x 2).
         sx, sy: columns and rows of a window. Rows and columns that fill no window hold sources only.
         max_downsample: blocks at a coarser resolution than latent / max_downsample are left alone. SDXL has none at 1.
-        reuse_steps: denoising steps that a plan serves; 1 matches anew in every step. With more, apply the patch anew
-            for each image: nothing tells the UNet that one begins, and its first steps may take the last one's plan.
+        reuse_steps: forwards of the UNet that a plan serves, within one run. A run begins where the scheduler of `pipe`
+            sets its timesteps, as every call of a pipeline does, or where the UNet sees a larger timestep than before,
+            which it reads once a step. Where neither says so (a UNet alone, run for one step), call `reset()`.
         random: False takes the top left token of each window, as does a batch of odd size (a prompt without its pair).
+            Then torch.compile takes the UNet in one graph for all steps; it breaks where destinations are drawn.
         generator: of the destinations; None = a new one on the CPU with seed 0. Its device may differ from the model's.
 
     Returns:
-        A `Patch` with `.model` and `.undo()`.
+        A `TomePatch` with `.model`, `.undo()` and `.reset()`.
 
     Raises:
         TypeError: a pipe without a UNet, a generator of another type. ValueError: options out of range, a UNet without
         such blocks, a forward that something else replaced. When it runs, ValueError: a mask on self-attention, tokens
         that are no image of the latent's shape.
     """
-    unet = getattr(pipe, "unet", pipe)
-    if not isinstance(unet, nn.Module):
-        raise TypeError(f"pipe must be a torch.nn.Module or have a unet, got {type(pipe).__name__}")
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be a number with 0 <= ratio < 1, got {ratio!r}")
-    for name, value in {"sx": sx, "sy": sy, "max_downsample": max_downsample, "reuse_steps": reuse_steps}.items():
-        check_int(name, value, minimum=1)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    elif not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    blocks = [module for module in unet.modules() if _is_transformer_block(module)]
-    if not blocks:
-        raise ValueError(f"the UNet must have a BasicTransformerBlock, got {type(unet).__name__} without one")
-    session = Session(ratio, sx, sy, max_downsample, reuse_steps, random, generator)
+    session = Session(pipe, ratio, sx, sy, max_downsample, reuse_steps, random, generator)
+    unet, blocks = _find_blocks(pipe)
     first_arguments = [getattr(block.__dict__.get("forward"), "args", ())[:1] for block in blocks]
     earlier = [first[0].session for first in first_arguments if first and isinstance(first[0], Slot)]
     replacements: list[tuple[nn.Module, Any, Slot]] = []
     for block in blocks:
-        slot = Slot(session)
-        replacements += [(block, merging_block, slot), (cast(nn.Module, block.attn1), merging_attention, slot)]
-    patch = Patch(pipe)
+        attention = cast(nn.Module, block.attn1)
+        session.slots.append(slot := Slot(session, (type(block).forward, type(attention).forward)))
+        replacements += [(block, merging_block, slot), (attention, merging_attention, slot)]
+    patch = TomePatch(pipe, session)
     patch.replace_forwards(replacements)
     for replaced in earlier:
         replaced.detach()
@@ -155,7 +209,7 @@ def merging_block(slot: Slot, block: nn.Module, hidden_states: Tensor, *argument
     """The forward of a patched block: tokens match by what enters the block, and its self-attention merges them."""
     slot.running = _plan(slot, hidden_states)
     try:
-        return type(block).forward(block, hidden_states, *arguments, **options)
+        return slot.forwards[0](block, hidden_states, *arguments, **options)
     finally:
         slot.running = None
 
@@ -164,12 +218,12 @@ def merging_attention(slot: Slot, attention: nn.Module, hidden_states: Tensor, *
     """The forward of a patched block's self-attention on [B, N, C]: merge, attend, give every token its row back."""
     plan = slot.running
     if plan is None:
-        return type(attention).forward(attention, hidden_states, *arguments, **options)
+        return slot.forwards[1](attention, hidden_states, *arguments, **options)
     if options.get("attention_mask") is not None:
         raise ValueError("the attention mask of self-attention must be None where tokens merge, got a mask")
-    slot.session.num_merged += 1
+    slot.session.has_merged = True
     merged = merge_tokens(hidden_states, plan)
-    return unmerge_tokens(type(attention).forward(attention, merged, *arguments, **options), plan)
+    return unmerge_tokens(slot.forwards[1](attention, merged, *arguments, **options), plan)
 
 
 def window_destinations(
@@ -211,7 +265,7 @@ def _plan(slot: Slot, hidden_states: Tensor) -> MergePlan | None:
     if r == 0 or num_destinations == 0:
         return None
     shape = (batch, *grid, hidden_states.device)
-    if slot.made is None or slot.made_for != shape or session.step - slot.made_at >= session.reuse_steps:
+    if slot.made is None or slot.made_for != shape:
         draws = session.random and batch % 2 == 0
         destination = window_destinations(
             grid, sx=session.sx, sy=session.sy, generator=session.generator if draws else None
@@ -221,8 +275,19 @@ def _plan(slot: Slot, hidden_states: Tensor) -> MergePlan | None:
             uniform_budget(batch, length, (r,), hidden_states.device),
             destination=destination.to(hidden_states.device).repeat(batch),
         )
-        slot.made_at, slot.made_for = session.step, shape
+        slot.made_for = shape
     return slot.made
+
+
+def _find_blocks(pipe: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """(the UNet, its blocks)."""
+    unet = getattr(pipe, "unet", pipe)
+    if not isinstance(unet, nn.Module):
+        raise TypeError(f"pipe must be a torch.nn.Module or have a unet, got {type(pipe).__name__}")
+    blocks = [module for module in unet.modules() if _is_transformer_block(module)]
+    if not blocks:
+        raise ValueError(f"the UNet must have a BasicTransformerBlock, got {type(unet).__name__} without one")
+    return unet, blocks
 
 
 def _is_transformer_block(module: nn.Module) -> bool:

@@ -47,7 +47,14 @@ class Patch:
             # was.
             replacement = functools.partial(function, first, module)
             module.__dict__["forward"] = replacement
+            module.__dict__["_replicate_for_data_parallel"] = functools.partial(_replicate, module)
             self._undo.append(functools.partial(_restore, module, replacement))
+
+    def replace_pre_hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Let `hook`(module, arguments, options) see every call of the module first; an earlier patch's is replaced."""
+        for key in [key for key, earlier in module._forward_pre_hooks.items() if earlier is hook]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def at_undo(self, function: Callable[[], Any]) -> None:
         """Also call `function` when the patch is undone."""
@@ -65,4 +72,12 @@ class Patch:
 def _restore(module: nn.Module, replacement: Any) -> None:
     # A later patch of the same module is not this one's to undo.
     if module.__dict__.get("forward") is replacement:
-        del module.__dict__["forward"]
+        del module.__dict__["forward"], module.__dict__["_replicate_for_data_parallel"]
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """What DataParallel makes of a module for each of its devices: the copied forward would run the original there."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    forward: Any = module.forward
+    replica.__dict__["forward"] = functools.partial(forward.func, forward.args[0], replica)
+    return replica

@@ -125,6 +125,14 @@ class MergedTokens(NamedTuple):
     tokens: Tensor
     size: Tensor
 
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, (int, slice)):
+            return tuple(self)[index]
+        raise ValueError(
+            "features between the blocks of a ViT must not be read as [B, N, D] where tokens merge: "
+            "a block hands on MergedTokens (tokens, size), which are no grid of patches"
+        )
+
 
 @dataclass(frozen=True)
 class BlockMerge:
@@ -187,6 +195,7 @@ def apply_lrc_to_vit(
     ]
     patch = Patch(model)
     patch.replace_forwards([(block, merging_block, merge) for block, merge in zip(blocks, merges, strict=True)])
+    patch.replace_pre_hook(model, _refuse_weights)
     return patch
 
 
@@ -217,10 +226,10 @@ def merging_block(
     merge: BlockMerge, block: nn.Module, hidden_states: Tensor | MergedTokens, *arguments: Any, **options: Any
 ) -> Tensor | MergedTokens:
     """The forward of a patched block: tokens [B, N, D] in, tokens out, with their sizes once some have merged."""
-    _check_call(arguments, options)
     parts = merge.parts
-    tokens, size = hidden_states if isinstance(hidden_states, MergedTokens) else (hidden_states, None)
     attention = getattr(block, parts.attention[1])
+    _check_call(attention, arguments, options)
+    tokens, size = hidden_states if isinstance(hidden_states, MergedTokens) else (hidden_states, None)
     normed = getattr(block, parts.norms[0])(tokens)
     attended, keys = _attend(parts, attention, normed, size if merge.proportional else None)
     tokens = tokens + _through(block, parts.after_attention, attended)
@@ -241,7 +250,7 @@ def _attend(parts: BlockParts, attention: nn.Module, x: Tensor, size: Tensor | N
     heads = getattr(attention, parts.heads)
     if not parts.norm_per_head:
         q, k = _through(attention, ("q_norm",), q), _through(attention, ("k_norm",), k)
-    q, k, v = (part.reshape(batch, length, heads, -1) for part in (q, k, v))
+    q, k, v = (part.unflatten(-1, (heads, part.shape[-1] // heads)) for part in (q, k, v))
     if parts.norm_per_head:
         q, k = _through(attention, ("q_norm",), q), _through(attention, ("k_norm",), k)
     bias = None if size is None else size.log().flatten()
@@ -253,7 +262,7 @@ def _attend(parts: BlockParts, attention: nn.Module, x: Tensor, size: Tensor | N
         key_bias=bias if q.dtype != torch.float64 or bias is None else bias.double(),
     )
     assert isinstance(out, Tensor)
-    return _through(attention, parts.output, out.reshape(batch, length, -1)), k
+    return _through(attention, parts.output, out.flatten(1).unflatten(0, (batch, length))), k
 
 
 def _merge(tokens: Tensor, keys: Tensor, size: Tensor | None, merge: BlockMerge) -> tuple[Tensor, Tensor | None]:
@@ -276,15 +285,21 @@ def _through(module: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
     return x
 
 
-def _check_call(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _check_call(attention: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     masks = [*arguments, options.get("attention_mask"), options.get("attn_mask")]
     if any(mask is not None for mask in masks):
         raise ValueError(
             "the attention mask must be None in a ViT whose tokens merge: merged tokens have no place in it"
         )
-    for name in ("is_causal", "output_attentions"):
-        if options.get(name):
-            raise ValueError(f"{name} must be False in a ViT whose tokens merge, got {options[name]}")
+    if options.get("is_causal"):
+        raise ValueError(f"is_causal must be False in a ViT whose tokens merge, got {options['is_causal']}")
+    _refuse_weights(attention, arguments, options)
+
+
+def _refuse_weights(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Of a block's attention, and a forward pre-hook of the model, whose blocks may not see what it is asked for."""
+    if options.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        raise ValueError("output_attentions must be False in a ViT whose tokens merge: its weights are never formed")
 
 
 def _find_blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -320,6 +335,6 @@ def _parts_of(block: nn.Module) -> BlockParts:
         if not seen <= names:
             unknown = ", ".join(sorted(seen - names))
             raise ValueError(f"{type(module).__name__} must consist of {', '.join(sorted(names))}, got also {unknown}")
-    if not all(isinstance(getattr(attention, name, None), nn.Linear) for name in parts.qkv):
-        raise ValueError(f"{parts.attention[0]} must project by linear {', '.join(parts.qkv)}, got {attention}")
+    if not all(isinstance(getattr(attention, name, None), nn.Module) for name in parts.qkv):
+        raise ValueError(f"{parts.attention[0]} must project by {', '.join(parts.qkv)}, got {attention}")
     return parts

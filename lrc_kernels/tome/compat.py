@@ -154,7 +154,7 @@ def bipartite_plan(
     plan = match_tokens(metric, budget, size=size, protected=flags, order=order)
     row = torch.arange(length - r, device=metric.device).expand(batch, -1)
     if order == "position":
-        anchor = plan.anchor.view(batch, -1)
+        anchor = plan.anchor.view(batch, length - r)
         # The protected tokens first, then the even set, then the odd set, each in order of position.
         row = torch.where(anchor < len(protected), -1, anchor % 2).argsort(dim=1, stable=True)
     elif protected:

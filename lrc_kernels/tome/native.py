@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lrc_kernels.native import (
     declines_dtype,
     pointer,
 )
+from lrc_kernels.tome.reference import empty_tokens
 
 __all__ = ["cpu_unavailable", "cuda_unavailable"]
 
@@ -40,8 +42,18 @@ def _token_rows(x: Tensor, layout: list[int]) -> tuple[int, tuple[int, ...]]:
     return x.shape[0] * x.shape[1], (width, 1, x.shape[1], x.shape[1], 0, x.stride(0), x.stride(1))
 
 
-def cpu_supports_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> str | None:
+def cpu_supports_head_mean(x: Tensor, *rest: Any) -> str | None:
     return declines_dtype("x", x)
+
+
+cpu_supports_compress = cpu_supports_merge = cpu_supports_gather = cpu_supports_max_backward = cpu_supports_head_mean
+
+
+def cuda_supports_head_mean(x: Tensor, *rest: Any) -> str | None:
+    return declines_dtype("x", x) or cuda_device_status(x.device.index)
+
+
+cuda_supports_gather = cuda_supports_max_backward = cuda_supports_head_mean
 
 
 def cpu_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
@@ -54,21 +66,10 @@ def cpu_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
 
 
 def cpu_supports_plan(
-    metric: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    r: Tensor,
-    size: Tensor | None,
-    protected: Tensor | None,
-    destination: Tensor | None,
-    num_out: int,
-    max_seqlen: int,
-    threshold: float | None,
-    precision: str,
-    order: str,
-    zero_policy: str,
-    num_heads: int,
-) -> str | None:
+    metric: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, r: Tensor, size: Tensor | None,
+    protected: Tensor | None, destination: Tensor | None, num_out: int, max_seqlen: int, threshold: float | None,
+    precision: str, order: str, zero_policy: str, num_heads: int,
+) -> str | None:  # fmt: skip
     if precision == "eager_bf16":
         return f'precision must be "fp32" or "bf16", got {precision!r}'
     if threshold is not None and zero_policy != "isolate":
@@ -95,21 +96,10 @@ def _plan_outputs(total: int, num_out: int) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def cpu_plan(
-    metric: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    r: Tensor,
-    size: Tensor | None,
-    protected: Tensor | None,
-    destination: Tensor | None,
-    num_out: int,
-    max_seqlen: int,
-    threshold: float | None,
-    precision: str,
-    order: str,
-    zero_policy: str,
-    num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    metric: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, r: Tensor, size: Tensor | None,
+    protected: Tensor | None, destination: Tensor | None, num_out: int, max_seqlen: int, threshold: float | None,
+    precision: str, order: str, zero_policy: str, num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if num_heads != 1:
         metric = cpu_head_mean(metric, num_heads, [])
     metric = metric.float().contiguous()
@@ -124,31 +114,10 @@ def cpu_plan(
     return outputs
 
 
-def cpu_supports_compress(
-    x: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    r: Tensor,
-    num_out: int,
-    max_seqlen: int,
-    num_heads: int,
-    precision: str,
-    layout: list[int],
-) -> str | None:
-    return declines_dtype("x", x)
-
-
 def cpu_compress(
-    x: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    r: Tensor,
-    num_out: int,
-    max_seqlen: int,
-    num_heads: int,
-    precision: str,
-    layout: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, r: Tensor, num_out: int, max_seqlen: int,
+    num_heads: int, precision: str, layout: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = _unit_channel_stride(x)
     num_tokens, rows = _token_rows(x, layout)
     width = rows[0] * rows[1] ** 2
@@ -163,35 +132,10 @@ def cpu_compress(
     return y, assign, size, weight, anchor
 
 
-def cpu_supports_merge(
-    x: Tensor,
-    assign: Tensor,
-    size: Tensor,
-    weight: Tensor | None,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    num_out: int,
-    max_seqlen_out: int,
-    reduce: str,
-    binary_weight: bool,
-    layout: list[int],
-) -> str | None:
-    return declines_dtype("x", x)
-
-
 def cpu_merge(
-    x: Tensor,
-    assign: Tensor,
-    size: Tensor,
-    weight: Tensor | None,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    num_out: int,
-    max_seqlen_out: int,
-    reduce: str,
-    binary_weight: bool,
-    layout: list[int],
-) -> Tensor:
+    x: Tensor, assign: Tensor, size: Tensor, weight: Tensor | None, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor,
+    num_out: int, max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int],
+) -> Tensor:  # fmt: skip
     x = _unit_channel_stride(x)
     num_tokens, rows = _token_rows(x, layout)
     assign, size = assign.contiguous(), size.float().contiguous()
@@ -203,12 +147,6 @@ def cpu_merge(
         torch.get_num_threads(),
     )
     return y
-
-
-def cpu_supports_max_backward(
-    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
-) -> str | None:
-    return declines_dtype("x", x)
 
 
 def cpu_max_backward(
@@ -233,32 +171,15 @@ def _gather_inputs(
     return y.contiguous(), assign.contiguous(), size, weight
 
 
-def _gather_output(y: Tensor, assign: Tensor, layout: list[int]) -> Tensor:
-    if not layout:
-        return y.new_empty(assign.shape[0], y.shape[1])
-    _, h, w, shuffle, prefix = layout
-    return y.new_empty(assign.shape[0] * shuffle**2 // (h * w), prefix + h * w, y.shape[1] // shuffle**2)
-
-
-def cpu_supports_gather(
-    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]
-) -> str | None:
-    return declines_dtype("y", y)
-
-
 def cpu_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
     y, assign, size, weight = _gather_inputs(y, assign, size, weight)
-    x = _gather_output(y, assign, layout)
+    x = empty_tokens(y, assign.shape[0], layout)
     num_tokens, rows = _token_rows(x, layout)
     C.tome_gather(
         *(y.data_ptr(), DTYPES[y.dtype], y.shape[0], assign.data_ptr(), pointer(size), pointer(weight)),
         *(rows, num_tokens, x.data_ptr(), torch.get_num_threads()),
     )
     return x
-
-
-def cuda_supports_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> str | None:
-    return declines_dtype("x", x) or cuda_device_status(x.device.index)
 
 
 def cuda_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
@@ -314,21 +235,10 @@ def declines_plan_work(
 
 
 def cuda_supports_plan(
-    metric: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    r: Tensor,
-    size: Tensor | None,
-    protected: Tensor | None,
-    destination: Tensor | None,
-    num_out: int,
-    max_seqlen: int,
-    threshold: float | None,
-    precision: str,
-    order: str,
-    zero_policy: str,
-    num_heads: int,
-) -> str | None:
+    metric: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, r: Tensor, size: Tensor | None,
+    protected: Tensor | None, destination: Tensor | None, num_out: int, max_seqlen: int, threshold: float | None,
+    precision: str, order: str, zero_policy: str, num_heads: int,
+) -> str | None:  # fmt: skip
     if precision == "eager_bf16" or num_heads != 1:
         return f"precision={precision!r} with num_heads={num_heads} runs on the features themselves"
     if threshold is not None and zero_policy == "reference":
@@ -346,21 +256,10 @@ def cuda_supports_plan(
 
 
 def cuda_plan(
-    metric: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    r: Tensor,
-    size: Tensor | None,
-    protected: Tensor | None,
-    destination: Tensor | None,
-    num_out: int,
-    max_seqlen: int,
-    threshold: float | None,
-    precision: str,
-    order: str,
-    zero_policy: str,
-    num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    metric: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, r: Tensor, size: Tensor | None,
+    protected: Tensor | None, destination: Tensor | None, num_out: int, max_seqlen: int, threshold: float | None,
+    precision: str, order: str, zero_policy: str, num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (total, width), (num_iterations, num_segments), device = metric.shape, r.shape, metric.device
     metric, r = metric.float().contiguous(), r.to(torch.int32).contiguous()
     cu_in, cu_out = cu_seqlens_in.to(torch.int32).contiguous(), cu_seqlens_out.to(torch.int32).contiguous()
@@ -390,36 +289,18 @@ def cuda_plan(
 
 
 def cuda_supports_merge(
-    x: Tensor,
-    assign: Tensor,
-    size: Tensor,
-    weight: Tensor | None,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    num_out: int,
-    max_seqlen_out: int,
-    reduce: str,
-    binary_weight: bool,
-    layout: list[int],
-) -> str | None:
+    x: Tensor, assign: Tensor, size: Tensor, weight: Tensor | None, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor,
+    num_out: int, max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int],
+) -> str | None:  # fmt: skip
     if (rows := min(max_seqlen_out, num_out)) > _MAX_MERGE_ROWS:
         return f"a segment keeps up to {rows} rows, more than {_MAX_MERGE_ROWS}: every 128 are a pass over its tokens"
     return declines_dtype("x", x) or cuda_device_status(x.device.index)
 
 
 def cuda_merge(
-    x: Tensor,
-    assign: Tensor,
-    size: Tensor,
-    weight: Tensor | None,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    num_out: int,
-    max_seqlen_out: int,
-    reduce: str,
-    binary_weight: bool,
-    layout: list[int],
-) -> Tensor:
+    x: Tensor, assign: Tensor, size: Tensor, weight: Tensor | None, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor,
+    num_out: int, max_seqlen_out: int, reduce: str, binary_weight: bool, layout: list[int],
+) -> Tensor:  # fmt: skip
     x = _unit_channel_stride(x)
     num_tokens, rows = _token_rows(x, layout)
     assign, size = assign.contiguous(), size.float().contiguous()
@@ -435,19 +316,34 @@ def cuda_merge(
     return y
 
 
-def cuda_supports_gather(
-    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]
-) -> str | None:
-    return declines_dtype("y", y) or cuda_device_status(y.device.index)
-
-
 def cuda_gather(y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, layout: list[int]) -> Tensor:
+    return _cuda_gather(y, assign, size, weight, None, layout)
+
+
+def _cuda_gather(
+    y: Tensor, assign: Tensor, size: Tensor | None, weight: Tensor | None, first_token: Tensor | None, layout: list[int]
+) -> Tensor:
     y, assign, size, weight = _gather_inputs(y, assign, size, weight)
-    x = _gather_output(y, assign, layout)
+    x = empty_tokens(y, assign.shape[0], layout)
     num_tokens, rows = _token_rows(x, layout)
     with torch.cuda.device(y.device):
         C.cuda_tome_gather(
-            *(y.data_ptr(), DTYPES[y.dtype], assign.data_ptr(), pointer(size), pointer(weight)),
+            *(y.data_ptr(), DTYPES[y.dtype], assign.data_ptr(), pointer(size), pointer(weight), pointer(first_token)),
             *(rows, num_tokens, x.data_ptr(), torch.cuda.current_stream().cuda_stream),
         )
     return x
+
+
+def cuda_max_backward(
+    grad: Tensor, x: Tensor, y: Tensor, assign: Tensor, weight: Tensor | None, layout: list[int]
+) -> Tensor:
+    x, y, assign = _unit_channel_stride(x), y.contiguous(), assign.contiguous()
+    weight = None if weight is None else weight.float().contiguous()
+    num_tokens, rows = _token_rows(x, layout)
+    first_token = torch.empty(y.shape, dtype=torch.int32, device=y.device)
+    with torch.cuda.device(x.device):
+        C.cuda_tome_first_tokens(
+            *(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, y.data_ptr(), y.shape[0], assign.data_ptr()),
+            *(pointer(weight), first_token.data_ptr(), torch.cuda.current_stream().cuda_stream),
+        )
+    return _cuda_gather(grad, assign, None, None, first_token, layout)

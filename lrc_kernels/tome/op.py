@@ -62,14 +62,6 @@ def _fake_merge(x: Tensor, assign: Tensor, size: Tensor, weight: Any, cu_in: Ten
     return x.new_empty(num_out, _token_shape(x, layout)[1])
 
 
-def _fake_gather(y: Tensor, assign: Tensor, size: Any, weight: Any, layout: list[int]) -> Tensor:
-    if not layout:
-        return y.new_empty(assign.shape[0], y.shape[1])
-    clip_frames, h, w, shuffle, prefix = layout
-    frames = assign.shape[0] // (clip_frames * h * w // shuffle**2) * clip_frames
-    return y.new_empty(frames, prefix + h * w, y.shape[1] // shuffle**2)
-
-
 def _fake_compress(x: Tensor, cu_in: Tensor, cu_out: Tensor, r: Tensor, num_out: int, max_seqlen: int, num_heads: int,
                    precision: str, layout: list[int]) -> tuple[Tensor, ...]:  # fmt: skip
     rows, width = _token_shape(x, layout)
@@ -90,7 +82,8 @@ merge_op = Op(
     _fake_merge,
 )
 gather_op = Op(
-    "tome_gather_fwd(Tensor y, Tensor assign, Tensor? size, Tensor? weight, int[] layout) -> Tensor", _fake_gather
+    "tome_gather_fwd(Tensor y, Tensor assign, Tensor? size, Tensor? weight, int[] layout) -> Tensor",
+    lambda y, assign, size, weight, layout: reference.empty_tokens(y, assign.shape[0], layout),
 )
 max_backward_op = Op(
     "tome_merge_max_bwd(Tensor grad, Tensor x, Tensor y, Tensor assign, Tensor? weight, int[] layout) -> Tensor",

@@ -10,6 +10,8 @@ Source: InternVideo2.5 section 3.1 (spatiotemporal token merging), Bolya et al. 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,15 @@ def rows_of(tokens: Tensor, layout: list[int]) -> Tensor:
     grid = tokens.reshape(-1, clip_frames, h // s, w // s, s, s, width).permute(0, 1, 2, 4, 3, 5, 6)
     frames = grid.reshape(-1, h * w, width)
     return torch.cat([frames.new_zeros(frames.shape[0], prefix, width), frames], dim=1)
+
+
+def empty_tokens(y: Tensor, num_tokens: int, layout: list[int]) -> Tensor:
+    """Room for what `rows_of` makes of tokens with as many channels as y [*, D_token] has."""
+    if not layout:
+        return y.new_empty(num_tokens, y.shape[1])
+    clip_frames, h, w, s, prefix = layout
+    frames = num_tokens // (clip_frames * h * w // s**2) * clip_frames
+    return y.new_empty(frames, prefix + h * w, y.shape[1] // s**2)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -152,6 +163,7 @@ def best_partners(
     """For each token of set A: (best cosine similarity, its index in B, whether the token is zero or non-finite)."""
     round_ = (lambda t: t.bfloat16().to(t.dtype)) if precision == "bf16" else (lambda t: t)
     metric = round_(metric)
+    metric = metric * power_near_one_over(metric)
     norm = round_(metric.norm(dim=-1, keepdim=True))
     unit = round_(metric / norm)
     healthy = (norm.isfinite() & (norm > 0))[:, 0]
@@ -170,6 +182,16 @@ def best_partners(
         right = torch.searchsorted(b[open_b], a).clamp(max=open_b.numel() - 1)
         partner = torch.where(score == -torch.inf, open_b[right], partner)
     return score, partner, spoiled
+
+
+def power_near_one_over(x: Tensor) -> Tensor:
+    """A power of two for each row [n, 1] that brings its largest entry near 1, so that squares neither overflow nor
+    vanish. It moves exponents alone: what is finite and not 0 has the same unit vector, bit for bit, at any length.
+    """
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0)
+    limit = int(-math.log2(torch.finfo(x.dtype).tiny))
+    return torch.ones_like(largest).ldexp(-exponent.clamp(-limit, limit))
 
 
 def weighted_mean(x: Tensor, size: Tensor, new_row: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

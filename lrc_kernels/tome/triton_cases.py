@@ -47,7 +47,7 @@ def _compile_case(
 
 
 _ABSENT = dict.fromkeys(
-    ("order_ptr", "sources_ptr", "protected_ptr", "next_protected_ptr", "rank_ptr", "final_row_ptr")
+    ("order_ptr", "sources_ptr", "protected_ptr", "next_protected_ptr", "rank_ptr", "final_row_ptr", "survives_ptr")
 )
 _TYPES = {
     **dict.fromkeys(("new_row_ptr", "partner_ptr", "anchor_ptr", "next_anchor_ptr"), "*i32"),
@@ -106,6 +106,7 @@ _PLAN_CASES = [
     _metric_case("step", "k128-bf16-nan", 128, bf16=True, ISOLATE=False),
     _metric_case("step", "k320", 320, **_UNFUSED),
     _metric_case("step", "last", 128, next_payload_ptr=None, **_UNFUSED),
+    _metric_case("step", "last-position", 128, next_payload_ptr=None, survives_ptr="*i32", **_UNFUSED),
     _plan_case("tome_key", tome_plan_fwd_key_kernel, {"BLOCK": 64}),
     _plan_case("tome_rank", tome_plan_fwd_rank_kernel, {"BLOCK": 64, "HAS_THRESHOLD": False}),
     _plan_case("tome_rank-threshold", tome_plan_fwd_rank_kernel, {"BLOCK": 64, "HAS_THRESHOLD": True}),
@@ -113,7 +114,7 @@ _PLAN_CASES = [
         "tome_rank-sorted", tome_plan_fwd_rank_kernel, {"BLOCK": 64, "HAS_THRESHOLD": False, "rank_ptr": "*i64"}
     ),
     _plan_case(
-        "tome_rows-position", tome_plan_fwd_rows_kernel, {"BLOCK": 64, "BY_ANCHOR": True, "final_row_ptr": "*i32"}
+        "tome_rows-position", tome_plan_fwd_rows_kernel, {"BLOCK": 64, "survivors_ptr": "*i32", "final_row_ptr": "*i32"}
     ),
     _plan_case("tome_assign", tome_plan_fwd_assign_kernel, {"BLOCK": 64}),
     _plan_case("tome_assign-position", tome_plan_fwd_assign_kernel, {"BLOCK": 64, "final_row_ptr": "*i32"}),

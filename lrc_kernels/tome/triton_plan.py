@@ -63,6 +63,20 @@ def load_or(ptr, offset, mask, default: tl.constexpr):
 
 
 @triton.jit
+def magnitude_of(b_x):
+    """The bits of the largest magnitude in each row of fp32, as int32: NaN is larger than infinity."""
+    return tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+
+@triton.jit
+def power_near_one_over(magnitude):
+    """`reference.power_near_one_over` of what has these bits."""
+    exponent = magnitude >> 23
+    power = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
+    return tl.where(exponent == 255, 1.0, power)
+
+
+@triton.jit
 def norm_of(squares, BF16: tl.constexpr):
     norm = tl.sqrt_rn(squares)
     return norm.to(tl.bfloat16).to(tl.float32) if BF16 else norm
@@ -101,6 +115,13 @@ def store_unit(
 PLAIN = ["total", "num_segments", "num_blocks", "iteration", "num_iterations"]
 
 
+@triton.jit
+def _load_rounded(row_ptr, o_k, m_row, K: tl.constexpr, BF16: tl.constexpr):
+    b_x = tl.load(row_ptr[:, None] + o_k[None, :], mask=m_row[:, None] & (o_k[None, :] < K), other=0.0)
+    b_x = b_x.to(tl.float32)
+    return b_x.to(tl.bfloat16).to(tl.float32) if BF16 else b_x
+
+
 @triton.jit(do_not_specialize=PLAIN)
 def tome_plan_fwd_prepare_kernel(
     payload_ptr, unit_ptr, state_ptr, protected_ptr, order_ptr, sources_ptr, cu_ptr, count_ptr,
@@ -117,23 +138,24 @@ def tome_plan_fwd_prepare_kernel(
     m_set = o_set < n
     token = token_at(o_set, m_set, n_a, start, order_ptr)
     row_ptr = payload_ptr + (start + token) * K
+    magnitude = tl.zeros([BLOCK_T], tl.int32)
+    power = power_near_one_over(magnitude)
     squares = tl.zeros([BLOCK_T], tl.float32)
     for k in range(0, PADDED_K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
-        b_x = tl.load(row_ptr[:, None] + o_k[None, :], mask=m_set[:, None] & (o_k[None, :] < K), other=0.0)
-        b_x = b_x.to(tl.float32)
-        if BF16:
-            b_x = b_x.to(tl.bfloat16).to(tl.float32)
-        squares += tl.sum(b_x * b_x, 1)
+        b_x = _load_rounded(row_ptr, o_k, m_set, K, BF16)
+        magnitude = tl.maximum(magnitude, magnitude_of(b_x))
+        next_power = power_near_one_over(magnitude)
+        shrink = tl.div_rn(next_power, power)
+        power = next_power
+        b_x *= power[:, None]
+        squares = squares * shrink * shrink + tl.sum(b_x * b_x, 1)
     norm = norm_of(squares, BF16)
     shield = load_or(protected_ptr, start + token, m_set, 0).to(tl.int32)
     store_state(state_ptr, start + o_set, m_set, norm, shield, ISOLATE)
     for k in range(0, PADDED_K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
-        b_x = tl.load(row_ptr[:, None] + o_k[None, :], mask=m_set[:, None] & (o_k[None, :] < K), other=0.0)
-        b_x = b_x.to(tl.float32)
-        if BF16:
-            b_x = b_x.to(tl.bfloat16).to(tl.float32)
+        b_x = _load_rounded(row_ptr, o_k, m_set, K, BF16) * power[:, None]
         store_unit(unit_ptr, start + o_set, m_set, o_k, b_x, norm, total, PADDED_K, BF16, ISOLATE)
 
 

@@ -54,6 +54,7 @@ class _Launch(NamedTuple):
     counts: Tensor
     order: Tensor | None
     sources: Tensor | None
+    survives: Tensor | None
     new_row: Tensor
     unit: Tensor | None
     state: Tensor
@@ -148,9 +149,10 @@ def _step(i: int, tokens: _Tokens, at: _Launch) -> _Tokens:
     programs, common = at.grid(at.longest_set, blocks.step_b, i)
     triton_step.tome_plan_fwd_step_kernel[(programs, 1 if last else triton.cdiv(blocks.padded_k, blocks.k))](
         payload, size, anchor, protected, at.new_row, None if last else after.payload, *after[1:],
-        at.unit if fused else None, at.state if fused else None, at.order, at.sources, at.r, at.cu_seqlens,
-        at.cu_seqlens_out if packed else at.cu_seqlens, at.counts, *common, width, blocks.step_b, blocks.step_a,
-        blocks.k, blocks.padded_k, at.bf16, at.isolate, at.halving, num_warps=MATRIX_WARPS, num_stages=MATRIX_STAGES,
+        at.unit if fused else None, at.state if fused else None, at.survives if last else None, at.order, at.sources,
+        at.r, at.cu_seqlens, at.cu_seqlens_out if packed else at.cu_seqlens, at.counts, *common, width,
+        blocks.step_b, blocks.step_a, blocks.k, blocks.padded_k, at.bf16, at.isolate, at.halving,
+        num_warps=MATRIX_WARPS, num_stages=MATRIX_STAGES,
     )  # fmt: skip
     if not fused and not last:
         _prepare(i + 1, after, at)
@@ -163,7 +165,6 @@ def launch_plan(
     precision: str, order: str, zero_policy: str, num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.plan` with Triton kernels: same arguments, same result.
-
     Two launches besides two (pure halvings) or three for each iteration, while K <= 128.
     """
     (total, width), num_segments, num_iterations = metric.shape, cu_seqlens_in.shape[0] - 1, r.shape[0]
@@ -182,17 +183,18 @@ def launch_plan(
     halving = halving and threshold is None and protected is None and destination is None
     unit_shape, unit_dtype = (1 if bf16 else 2, total, blocks.padded_k), torch.bfloat16 if bf16 else torch.float16
     order_in, sources = (None, None) if destination is None else _destination_order(destination, cu_seqlens_in)
+    # Halved rows lie in the order of their anchors already.
+    reorders = order == "position" and num_iterations > 0 and not halving
     at = _Launch(
         cu_seqlens=cu_seqlens_in, cu_seqlens_out=cu_seqlens_out, r=r.contiguous(),
         counts=empty((num_iterations, num_segments), torch.int32), order=order_in, sources=sources,
+        survives=torch.zeros(total, dtype=torch.int32, device=metric.device) if reorders else None,
         new_row=empty((num_iterations, total), torch.int32),
         unit=empty(unit_shape, unit_dtype) if num_iterations else None,
         state=empty(total, torch.int8), score=empty(total, torch.float32), partner=empty(total, torch.int32),
         size_out=size_out, anchor_out=anchor_out, max_seqlen=max_seqlen,
         longest_set=(max_seqlen + 1) // 2 if destination is None else max_seqlen, threshold=threshold,
-        # Halved rows lie in the order of their anchors already.
-        permutes=num_iterations == 0 or (order == "position" and not halving),
-        bf16=bf16, isolate=zero_policy == "isolate", halving=halving,
+        permutes=num_iterations == 0 or reorders, bf16=bf16, isolate=zero_policy == "isolate", halving=halving,
     )  # fmt: skip
     size = None if size is None else size.float().contiguous()
     shield = None if protected is None else protected.contiguous().view(torch.int8)
@@ -207,9 +209,10 @@ def launch_plan(
         programs, (_, *common) = at.grid(max_seqlen, blocks.tokens, num_iterations)
         if at.permutes:
             final_row = empty(total, torch.int32)
+            survivors = None if at.survives is None else at.survives.cumsum(0, dtype=torch.int32)
             triton_step.tome_plan_fwd_rows_kernel[(programs,)](
-                tokens.size, tokens.anchor, size_out, anchor_out, valid.view(torch.int8), final_row, cu_seqlens_in,
-                cu_seqlens_out, at.counts, *common, blocks.tokens, order == "position", num_warps=4,
+                tokens.size, tokens.anchor, survivors, size_out, anchor_out, valid.view(torch.int8), final_row,
+                cu_seqlens_in, cu_seqlens_out, at.counts, *common, blocks.tokens, num_warps=4,
             )  # fmt: skip
         triton_step.tome_plan_fwd_assign_kernel[(programs,)](
             at.new_row, final_row, size, assign, weight, size_out, anchor_out, valid.view(torch.int8), cu_seqlens_in,

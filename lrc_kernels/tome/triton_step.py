@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 
 from lrc_kernels.tome.triton_plan import (
-    FAR,
     PLAIN,
     load_or,
+    magnitude_of,
     norm_of,
     num_sources,
+    power_near_one_over,
     segment_of,
     store_state,
     store_unit,
@@ -40,6 +41,7 @@ def _store_next(
     b_x = tl.where(m_k[None, :], value, 0.0)
     if BF16:
         b_x = b_x.to(tl.bfloat16).to(tl.float32)
+    b_x *= power_near_one_over(magnitude_of(b_x))[:, None]
     norm = norm_of(tl.sum(b_x * b_x, 1), BF16)
     store_state(state_ptr, o_set, m_row, norm, shield.to(tl.int32), ISOLATE)
     store_unit(unit_ptr, o_set, m_row, o_k, b_x, norm, total, PADDED_K, BF16, ISOLATE)
@@ -49,7 +51,7 @@ def _store_next(
 def tome_plan_fwd_step_kernel(
     payload_ptr, size_ptr, anchor_ptr, protected_ptr, new_row_ptr,
     next_payload_ptr, next_size_ptr, next_anchor_ptr, next_protected_ptr, unit_ptr, state_ptr,
-    order_ptr, sources_ptr, r_ptr, cu_ptr, cu_next_ptr, count_ptr,
+    survives_ptr, order_ptr, sources_ptr, r_ptr, cu_ptr, cu_next_ptr, count_ptr,
     total, num_segments, num_blocks, iteration, K: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, PADDED_K: tl.constexpr,
     BF16: tl.constexpr, ISOLATE: tl.constexpr, HALVING: tl.constexpr,
@@ -57,7 +59,7 @@ def tome_plan_fwd_step_kernel(
     """Grid (segments * blocks of A and of B, blocks of K). Moves sizes, anchors, flags and, but for the last iteration
     (next_payload_ptr None), the metric: a B row is the weighted mean of itself and the A tokens that join it, as a
     one-hot product in ascending order of A; the unmerged A rows are copied. Where a block holds all of K it writes the
-    unit vectors and states of the next iteration too (unit_ptr not None).
+    unit vectors and states of the next iteration too (unit_ptr not None). survives_ptr [T] gets a 1 at every anchor.
     """
     i_segment, i_block, start = segment_of(cu_ptr, num_blocks)
     n = tokens_before(count_ptr, cu_ptr, i_segment, num_segments, iteration)
@@ -113,6 +115,8 @@ def tome_plan_fwd_step_kernel(
         anchor = token if anchor_ptr is None else tl.load(anchor_ptr + start + token, mask=m_b, other=0)
         tl.store(next_size_ptr + next_start + row, size, mask=m_b)
         tl.store(next_anchor_ptr + next_start + row, anchor, mask=m_b)
+        if survives_ptr is not None:
+            tl.store(survives_ptr + start + anchor, 1, mask=m_b)
         if next_protected_ptr is not None:
             tl.store(next_protected_ptr + next_start + row, shield, mask=m_b)
     if next_payload_ptr is not None:
@@ -139,6 +143,8 @@ def tome_plan_fwd_step_kernel(
             anchor_a = token_a if anchor_ptr is None else tl.load(anchor_ptr + start + token_a, mask=m_a, other=0)
             tl.store(next_size_ptr + next_start + row_a, size_a, mask=m_a)
             tl.store(next_anchor_ptr + next_start + row_a, anchor_a, mask=m_a)
+            if survives_ptr is not None:
+                tl.store(survives_ptr + start + anchor_a, 1, mask=m_a)
             if next_protected_ptr is not None:
                 tl.store(next_protected_ptr + next_start + row_a, shield_a, mask=m_a)
         if next_payload_ptr is not None:
@@ -156,12 +162,11 @@ def tome_plan_fwd_step_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def tome_plan_fwd_rows_kernel(
-    size_ptr, anchor_ptr, size_out_ptr, anchor_out_ptr, valid_ptr, final_row_ptr, cu_ptr, cu_out_ptr, count_ptr,
-    num_segments, num_blocks, num_iterations,
-    BLOCK: tl.constexpr, BY_ANCHOR: tl.constexpr,
+    size_ptr, anchor_ptr, survivors_ptr, size_out_ptr, anchor_out_ptr, valid_ptr, final_row_ptr, cu_ptr, cu_out_ptr,
+    count_ptr, num_segments, num_blocks, num_iterations, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments * blocks of rows). Writes the packed rows, in order of their anchors if asked to, and pads the
-    capacity that a threshold left unused with size 0.
+    """Grid (segments * blocks of rows). Writes the packed rows, in order of their anchors where survivors_ptr [T] has
+    counted the anchors up to each token of the batch, and pads the capacity that a threshold left unused with size 0.
     """
     i_segment, i_block, start = segment_of(cu_ptr, num_blocks)
     first = tl.load(cu_out_ptr + i_segment)
@@ -174,13 +179,9 @@ def tome_plan_fwd_rows_kernel(
     size = tl.where(m_live, load_or(size_ptr, start + o_i, m_live, 1.0), 0.0)
     anchor = tl.where(m_live, o_i, 0) if anchor_ptr is None else tl.load(anchor_ptr + start + o_i, mask=m_live, other=0)
     position = o_i
-    if BY_ANCHOR and anchor_ptr is not None:
-        before = tl.zeros([BLOCK], tl.int32)
-        for k in range(0, n, BLOCK):
-            o_k = k + tl.arange(0, BLOCK)
-            anchor_k = tl.load(anchor_ptr + start + o_k, mask=o_k < n, other=FAR)
-            before += tl.sum((anchor_k[None, :] < anchor[:, None]).to(tl.int32), 1)
-        position = tl.where(m_live, before, o_i)
+    if survivors_ptr is not None:
+        before = tl.load(survivors_ptr + start - 1, mask=start > 0, other=0)
+        position = tl.where(m_live, tl.load(survivors_ptr + start + anchor, mask=m_live, other=0) - 1 - before, o_i)
     m_out = o_i < capacity
     out = first.to(tl.int64) + position
     tl.store(final_row_ptr + start + o_i, first + position, mask=m_live)

@@ -77,9 +77,17 @@ const char* host_head_mean(const void* x, int dtype, const int64_t* rows, int64_
   });
 }
 const char* host_gather_rows(const void* y, int dtype, const int32_t* assign, const float* size, const float* weight,
-                             const int64_t* rows, int64_t num_tokens, void* x) {
+                             const uint32_t* first_token, const int64_t* rows, int64_t num_tokens, void* x) {
   return guarded([&] {
-    lrc::gather_rows(y, static_cast<lrc::DType>(dtype), assign, size, weight, rows_of(rows), num_tokens, x, nullptr);
+    lrc::gather_rows(y, static_cast<lrc::DType>(dtype), assign, size, weight, first_token, rows_of(rows), num_tokens, x,
+                     nullptr);
+  });
+}
+const char* host_first_tokens(const void* x, int dtype, const int64_t* rows, int64_t num_tokens, const void* y,
+                              int64_t num_out, const int32_t* assign, const float* weight, uint32_t* first_token) {
+  return guarded([&] {
+    lrc::first_tokens(x, static_cast<lrc::DType>(dtype), rows_of(rows), num_tokens, y, num_out, assign, weight,
+                      first_token, nullptr);
   });
 }
 const char* host_plan_merge(const float* metric, int64_t num_tokens, int64_t num_channels, const int32_t* cu_in,

@@ -30,14 +30,14 @@ def head_mean(host_kernels, x, num_heads, layout=(), reverse=False):
     return metric
 
 
-def gather(host_kernels, y, assign, size, weight, layout=(), x=None, reverse=False):
+def gather(host_kernels, y, assign, size, weight, layout=(), x=None, reverse=False, first=None):
     if layout:
         _, h, w, shuffle, prefix = layout
         frames = assign.numel() // (h * w // shuffle**2)
         x = torch.empty(frames, prefix + h * w, y.shape[1] // shuffle**2, dtype=y.dtype)
     elif x is None:
         x = torch.empty(assign.numel(), y.shape[1], dtype=y.dtype)
-    args = (y, CODES[y.dtype], assign, size, weight, token_rows(x, layout), assign.numel(), x)
+    args = (y, CODES[y.dtype], assign, size, weight, first, token_rows(x, layout), assign.numel(), x)
     host_kernels.call("gather_rows", *args, reverse=reverse)
     return x
 
@@ -181,4 +181,4 @@ def test_bad_arguments(host_kernels, change, tokens, num_heads, message):
         host_kernels.call("head_mean", x, 0, rows, tokens, num_heads, x)
     if "num_heads" not in message:
         with pytest.raises(RuntimeError, match=message):
-            host_kernels.call("gather_rows", x, 0, x, None, None, rows, tokens, x)
+            host_kernels.call("gather_rows", x, 0, x, None, None, None, rows, tokens, x)

@@ -178,6 +178,52 @@ def test_bad_arguments(host_kernels, reduction, num_out, message):
         host_kernels.call("merge_rows", x, 0, rows, 6, x, x, None, x, x, 1, num_out, reduction, x)
 
 
+def max_backward(host_kernels, grad, x, y, assign, weight, layout=(), reverse=False):
+    num_tokens, rows = native._token_rows(x, list(layout))
+    first = torch.zeros(y.shape, dtype=torch.int32)
+    code = CODES[x.dtype]
+    host_kernels.call("first_tokens", x, code, rows, num_tokens, y, y.shape[0], assign, weight, first, reverse=reverse)
+    dx = torch.full(x.shape if layout else (num_tokens, x.shape[-1]), torch.nan, dtype=x.dtype)
+    rows = native._token_rows(dx, list(layout))[1]
+    host_kernels.call("gather_rows", grad, code, assign, None, None, first, rows, num_tokens, dx, reverse=reverse)
+    return dx
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from(["packed", "vit", "strided"]),
+    width=st.sampled_from([1, 13, 64, 2056]),
+    kind=st.sampled_from(["gaussian", "ties", "equal"]),
+    weights=st.sampled_from(["none", "binary", "real"]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_the_gradient_of_a_maximum(host_kernels, shape, width, kind, weights, dtype, seed):
+    """It goes to the first token that holds the maximum, NaN included, and to no token of weight 0."""
+    layout = VIT if shape == "vit" else []
+    lengths, rows = ([12, 12], [5, 3]) if layout else ([30, 0, 11], [4, 0, 11])
+    whole = (4, 25, width) if layout else (sum(lengths), 2 * width if shape == "strided" else width)
+    x = make_input("gaussian", whole, dtype=dtype, seed=seed)[..., :width]
+    if kind != "gaussian":
+        x = x.clamp(-0.5, 0.5) if kind == "ties" else torch.zeros_like(x)
+    if seed % 2:
+        x[1, ..., 0], x[-2:, ..., 0], x[3:5, ..., 0] = torch.nan, torch.nan, -torch.inf
+    assign, size, weight, layouts = plan_of(lengths, rows, weights, seed)
+    y = merge(host_kernels, x, assign, size, weight, layouts, "max", layout)
+    grad = make_input("gaussian", y.shape, dtype=dtype, seed=seed + 1)
+    wanted = reference.max_backward(grad, x, y, assign, weight, layout)
+    for reverse in (False, True):
+        assert torch.equal(max_backward(host_kernels, grad, x, y, assign, weight, layout, reverse), wanted)
+
+
+def test_bad_arguments_of_the_gradient(host_kernels):
+    x, rows = torch.empty(64), [4, 1, 6, 6, 0, 0, 4]
+    with pytest.raises(RuntimeError, match="num_out must be >= 0, got -1"):
+        host_kernels.call("first_tokens", x, 0, rows, 6, x, -1, x, None, x)
+    with pytest.raises(RuntimeError, match=r"num_tokens must be < 2\^32 - 1, got 4294967298"):
+        host_kernels.call("first_tokens", x, 0, rows, 2**32 + 2, x, 2, x, None, x)
+
+
 def test_segments_of_many_rows_go_to_the_merge_by_groups():
     """tomesd's 65,536 -> 32,768, in which every block would look at all tokens for its 128 rows."""
     x, rest = torch.zeros(8, 4), (None, None, None, None, None)

@@ -4,6 +4,8 @@ on a UNet of diffusers against tomesd itself."""
 
 import copy
 import importlib
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.fine, self.coarse = BasicTransformerBlock(dim), BasicTransformerBlock(dim)
 
-    def forward(self, sample):
+    def forward(self, sample, timestep=None):
         height, width = sample.shape[2:]
         fine = self.fine(sample.flatten(2).mT)
         image = fine.mT.unflatten(2, (height, width))
@@ -154,6 +156,79 @@ def test_a_plan_serves_reuse_steps(unet, random):
     assert plans_of(unet)[0].layout_in.max_seqlen == 32, "another image size makes another plan"
 
 
+class Pipeline:
+    """diffusers' pipelines as far as a run of theirs goes: the scheduler sets its timesteps, the UNet sees them."""
+
+    def __init__(self, unet):
+        self.unet, self.scheduler = unet, SimpleNamespace(timesteps=torch.arange(3, -1, -1))
+
+    def __call__(self, x, timesteps, by_keyword=False):
+        self.scheduler.timesteps = torch.tensor(timesteps)
+        plans = []
+        for t in self.scheduler.timesteps:
+            self.unet(x, timestep=t) if by_keyword else self.unet(x, t)
+            plans.append(plans_of(self.unet)[0])
+        return plans
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_no_plan_goes_from_one_run_to_the_next(unet, random, by_keyword):
+    x, pipe = torch.randn(2, 8, 8, 8, generator=random), Pipeline(unet)
+    apply_tome_to_diffusers(pipe, 0.5, reuse_steps=9)
+    runs = [pipe(x, timesteps, by_keyword) for timesteps in ([9, 5, 5, 1], [9, 5], [4, 1], [1], [1])]
+    assert all(plan is run[0] for run in runs for plan in run), "a repeated timestep (Heun, PNDM) is no new run"
+    assert len({id(run[0]) for run in runs}) == 5
+    # Without a pipeline the timesteps alone tell, whatever type they have.
+    apply_tome_to_diffusers(unet, 0.5, reuse_steps=9)
+    plans = []
+    for timestep in (9, 5.0, torch.tensor([1, 1]), torch.tensor(7.0), 3, None, 2):
+        unet(x, timestep)
+        plans.append(plans_of(unet)[0])
+    assert [plan is plans[0] for plan in plans] == [True] * 3 + [False] * 4
+    assert all(plan is plans[3] for plan in plans[3:])
+
+
+def test_reset_begins_a_run(unet, random):
+    x = torch.randn(2, 8, 8, 8, generator=random)
+    patch = apply_tome_to_diffusers(unet, 0.5, reuse_steps=9)
+    unet(x)
+    first = plans_of(unet)[0]
+    patch.reset()
+    unet(x)
+    assert plans_of(unet)[0] is not first
+
+
+@pytest.mark.no_poison
+def test_compiles_into_one_graph_for_all_steps(unet, random):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for cls in (BasicTransformerBlock, SelfAttention):
+        torch._dynamo.allow_in_graph(cls)  # as diffusers does with its own
+    x = torch.randn(2, 8, 8, 8, generator=random)
+    apply_tome_to_diffusers(unet, 0.5, random=False, reuse_steps=2)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        wanted = copy.deepcopy(unet)(x)
+        for timestep in (7, 7, 5, 3):
+            torch.testing.assert_close(compiled(x, torch.tensor(timestep)), wanted, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one makes the plans, another takes them"
+
+
+def test_a_copy_brings_no_pipeline(unet, random):
+    pipe = Pipeline(unet)
+    pipe.decoder = nn.Linear(3, 3)
+    apply_tome_to_diffusers(pipe, 0.5, reuse_steps=2)
+    x = torch.randn(2, 8, 8, 8, generator=random)
+    with torch.no_grad():
+        pipe(x, [3, 2])
+        copied, pickled = copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))
+        wanted = unet(x, 1)
+        assert torch.equal(copied(x, 1), wanted) and torch.equal(pickled(x, 1), wanted)
+        session = copied.fine.forward.args[0].session
+        assert session.pipe is None and session is not unet.fine.forward.args[0].session
+        assert session.age == 1, "the copy's hooks are its own session's"
+
+
 def test_randomness_is_the_generators_and_the_batch_shares_it(unet, random):
     x = torch.randn(1, 8, 8, 8, generator=random).expand(4, -1, -1, -1)
 
@@ -219,11 +294,7 @@ def test_a_block_that_never_merges_is_said(unet, random):
 
 
 def test_a_pipeline_is_known_by_its_unet(unet):
-    class Pipeline:
-        def __init__(self):
-            self.unet = unet
-
-    pipe = Pipeline()
+    pipe = Pipeline(unet)
     patch = apply_tome_to_diffusers(pipe, 0.5)
     assert patch.model is pipe and "forward" in unet.fine.__dict__
 

@@ -338,6 +338,44 @@ def test_autocast():
     assert out.shape == (2, 10) and out.isfinite().all()
 
 
+def test_a_replica_of_data_parallel_runs_its_own_parameters():
+    model, x = stand_in(depth=1)
+    patch = apply_lrc_to_vit(model, r=8)
+    block = model.blocks[0]
+    replica = block._replicate_for_data_parallel()
+    replica.mlp = nn.Identity()
+    with torch.no_grad():
+        wanted = block(x)
+        assert replica(x).shape == wanted.shape and not torch.equal(replica(x), wanted)
+        assert torch.equal(block(x), wanted)
+    patch.undo()
+    assert "forward" not in block._replicate_for_data_parallel().__dict__
+
+
+def test_no_clip_in_none_out():
+    model, x = stand_in(depth=3)
+    apply_lrc_to_vit(model, r=8)
+    assert model(x[:0]).shape == (0, 10)
+
+
+def test_adapters_around_the_projections_are_called():
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.low_rank = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.low_rank(x)
+
+    model, x = stand_in(depth=2)
+    for block in model.blocks:
+        block.attn.qkv = Adapter(block.attn.qkv)
+    with torch.no_grad():
+        wanted = model(x)
+        apply_lrc_to_vit(model, r=0)
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_copy_is_a_model_of_its_own():
     model, x = stand_in(depth=2)
     apply_lrc_to_vit(model, r=8)
@@ -452,7 +490,20 @@ def test_what_a_merged_vit_cannot_do_raises():
         model.blocks[0](x, is_causal=True)
     with pytest.raises(ValueError, match="attn_drop must be 0 in training, got 0.1"):
         model.train()(x)
-    model, x = transformers_vit("ViTForImageClassification", depth=1)
-    apply_lrc_to_vit(model, r=2)
+    with pytest.raises(ValueError, match=r"must not be read as \[B, N, D\] where tokens merge"):
+        MergedTokens(x, x[..., 0])[:, 1:]
+
+
+# InternVL's encoder keeps from its blocks what it was asked for, which would come back empty.
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "InternVLVisionModel"])
+def test_attention_weights_are_refused_however_they_are_asked_for(name):
+    model, x = transformers_vit(name, depth=1, attn_implementation="eager")
+    apply_lrc_to_vit(model, r=1)
+    patch = apply_lrc_to_vit(model, r=2)
     with pytest.raises(ValueError, match="output_attentions must be False"):
         model(x, output_attentions=True)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model(x)
+    patch.undo()
+    assert not model._forward_pre_hooks and len(model(x).attentions) == 1

@@ -8,6 +8,7 @@ from lrc_kernels import VarlenLayout
 from lrc_kernels.backend import record, use_backend
 from lrc_kernels.testing import assert_close, make_input
 from lrc_kernels.tome import TokenLayout, compress_clips, merge_budget, merge_tokens, native, plan_merge
+from lrc_kernels.tome.op import max_backward_op
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,6 +100,18 @@ def test_merge(device, dtype, reduce):
     exact = on_reference(merge_tokens, x.double(), plan, reduce=reduce)
     assert_close(y, exact, on_reference(merge_tokens, x, plan, reduce=reduce))
     assert torch.equal(on_cuda(merge_tokens, x, plan, reduce=reduce), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_maximum(device, dtype):
+    """Values of +-0.5 tie: it goes to the first token that holds one."""
+    layout = VarlenLayout([600, 0, 31], device)
+    x = make_input("gaussian", (631, 200), dtype=dtype, device=device, seed=3).clamp(-0.5, 0.5)
+    plan = on_reference(plan_merge, x[:, :16].float(), merge_budget(layout, target=[70, 0, 9]))
+    y = on_cuda(merge_tokens, x, plan, reduce="max")
+    grad = make_input("gaussian", y.shape, dtype=dtype, device=device, seed=4)
+    args = (grad, x, y, plan.assign, plan.weight, [])
+    assert torch.equal(on_cuda(max_backward_op, *args), on_reference(max_backward_op, *args))
 
 
 def test_one_streaming_clip_in_a_graph(device):

@@ -203,6 +203,17 @@ def test_isolated_token_touches_only_its_own_row(random, poison, at):
         assert plan_spoiled.weight[32 + at] == 0 and y_spoiled.isfinite().all()
 
 
+@pytest.mark.parametrize(("dtype", "exponents"), [(torch.float32, (-120, 125)), (torch.float64, (-1000, 1020))])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "eager_bf16"])
+def test_no_length_of_a_finite_token_matters(random, dtype, exponents, precision):
+    if precision != "fp32" and dtype == torch.float64:
+        exponents = (-120, 125)  # bf16 has the exponents of fp32
+    metric = torch.randint(1, 4, (1, 20, 8), generator=random).to(dtype)
+    length = 2.0 ** torch.randint(*exponents, (1, 20, 1), generator=random).to(dtype)
+    plan, wanted = (plan_merge(m, r=10, precision=precision) for m in (metric * length, metric))
+    assert torch.equal(plan.assign, wanted.assign) and bool((plan.weight == 1).all())
+
+
 def test_reference_zero_policy_lets_nan_through():
     metric = torch.ones(1, 8, 2)
     metric[0, 1] = 0.0

@@ -86,6 +86,24 @@ def test_plan_equals_the_reference(device, lengths, width, budget_of, order):
     assert float(plan.size.sum()) == layout.num_tokens
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize(("width", "precision"), [(20, "fp32"), (20, "bf16"), (200, "fp32")])
+def test_no_length_of_a_finite_token_matters(device, width, precision):
+    """Squares of these lengths leave fp32."""
+    metric = make_input("gaussian", (1, 32, width), device=device, seed=15)
+    metric[0, 3], metric[0, 4, 1], metric[0, 9, 2] = 0.0, torch.nan, -torch.inf
+    length = 2.0 ** torch.randint(-100, 100, (1, 32, 1), generator=torch.Generator().manual_seed(1)).to(device)
+    plan, wanted = (on_triton(plan_merge, m, r=16, precision=precision) for m in (metric * length, metric))
+    assert_same_plan(plan, wanted)
+    assert int((wanted.weight == 0).sum()) == 1, "of the three broken ones, only token 4 is of set A"
+
+
+@pytest.mark.parametrize("length", [2.0**100, 2.0**-100])
+def test_nor_does_that_of_merged_tokens(device, length):
+    metric = make_input("gaussian", (1, 32, 20), device=device, seed=16)
+    assert_same_plan(*(on_triton(plan_merge, m, r=[16, 8]) for m in (metric * length, metric)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["with_zero_tokens", "with_nan_token"])
 def test_plan_of_broken_tokens(device, kind, dtype):
@@ -120,6 +138,24 @@ def test_halving_keeps_the_last_token_of_each_run(device):
     plan = on_triton(plan_merge, metric, r=[48, 24, 12])
     assert plan.anchor.tolist() == list(range(7, 96, 8))
     assert float(plan.size.sum()) == 96
+
+
+def test_rows_in_order_of_position_take_linear_work(device, monkeypatch):
+    """Tiles that are read for the order: at tomesd's 65,536 tokens, to compare all anchors costs as much as a match."""
+    if device.type == "cuda":
+        pytest.skip("counts what the interpreter reads")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loads, load = [], InterpreterBuilder.create_masked_load
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", lambda *args: loads.append(1) or load(*args))
+
+    def tiles(num_tokens, order):
+        before = len(loads)
+        on_triton(plan_merge, exact_tokens(num_tokens, device)[None], r=[num_tokens // 2 - 1], order=order)
+        return len(loads) - before
+
+    few, many = (tiles(n, "position") - tiles(n, "reference") for n in (32, 160))
+    assert 0 < many <= 5 * few
 
 
 def exact_tokens(num_tokens, device, kinds=4, width=16):

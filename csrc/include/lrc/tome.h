@@ -19,8 +19,15 @@ void head_mean(const void* x, DType dtype, const TokenRows& rows, int64_t num_to
 /// x[t] = y[assign[t]] * weight[t] / size[assign[t]] in fp32, rounded once; null weight or size count as 1.
 /// Where the weight or the size is 0 the token is exactly 0, whatever y holds. Prefix rows become 0.
 /// y [*, token width] contiguous, x as `rows` says, of one dtype; assign int32 and weight fp32 [num_tokens].
+/// first_token: what `first_tokens` wrote, then each element of y goes to the token named there and no other; or null.
 void gather_rows(const void* y, DType dtype, const int32_t* assign, const float* size, const float* weight,
-                 const TokenRows& rows, int64_t num_tokens, void* x, cudaStream_t stream);
+                 const uint32_t* first_token, const TokenRows& rows, int64_t num_tokens, void* x, cudaStream_t stream);
+
+/// first_token[j, d] = the first t with assign[t] = j, weight[t] != 0 (null: any) and x[t, d] = y[j, d], NaN being NaN;
+/// 2^32 - 1 where there is none. With y the maximum of merge_rows it says which token the gradient goes to.
+/// x as `rows` says and y [num_out, token width] contiguous, of one dtype; first_token [num_out, token width].
+void first_tokens(const void* x, DType dtype, const TokenRows& rows, int64_t num_tokens, const void* y, int64_t num_out,
+                  const int32_t* assign, const float* weight, uint32_t* first_token, cudaStream_t stream);
 
 /// Bipartite soft matching of packed segments, all iterations of all segments in one launch; see lrc_kernels.tome.
 struct PlanArgs {
