@@ -86,10 +86,10 @@ void tome_compress(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, i
 }
 
 void tome_merge(uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens, uintptr_t assign,
-                uintptr_t size, uintptr_t weight, int reduce, int64_t num_out, uintptr_t y, int threads) {
+                uintptr_t size, uintptr_t weight, int reduction, int64_t num_out, uintptr_t y, int threads) {
   lrc::cpu::tome_merge({pointer<void>(x), static_cast<lrc::DType>(dtype), token_rows(rows), num_tokens,
                         pointer<int32_t>(assign), pointer<float>(size), pointer<float>(weight),
-                        static_cast<lrc::cpu::Reduce>(reduce), num_out, pointer<void>(y), threads});
+                        static_cast<lrc::Reduction>(reduction), num_out, pointer<void>(y), threads});
 }
 
 void tome_max_backward(uintptr_t grad, uintptr_t x, int dtype, const std::array<int64_t, 7>& rows, int64_t num_tokens,
@@ -322,7 +322,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("inputs"), py::arg("num_out"), py::arg("round_to_bf16"), py::arg("outputs"), py::arg("y"),
         py::arg("threads") = 1);
   m.def("tome_merge", &tome_merge, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("num_tokens"),
-        py::arg("assign"), py::arg("size"), py::arg("weight"), py::arg("reduce"), py::arg("num_out"), py::arg("y"),
+        py::arg("assign"), py::arg("size"), py::arg("weight"), py::arg("reduction"), py::arg("num_out"), py::arg("y"),
         py::arg("threads") = 1);
   m.def("tome_max_backward", &tome_max_backward, NoGil(), py::arg("grad"), py::arg("x"), py::arg("dtype"),
         py::arg("rows"), py::arg("num_tokens"), py::arg("y"), py::arg("assign"), py::arg("weight"), py::arg("num_out"),

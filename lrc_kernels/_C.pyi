@@ -42,7 +42,7 @@ def tome_merge(
     assign: int,
     size: int,
     weight: int,
-    reduce: int,
+    reduction: int,
     num_out: int,
     y: int,
     threads: int = 1,

@@ -38,6 +38,11 @@ with contextlib.suppress(ImportError):
 
     hypothesis.settings.register_profile("same", derandomize=True)
     hypothesis.settings.load_profile("same")
+    # It also draws numbers that it finds in the source of the modules loaded so far: other ones in every process.
+    with contextlib.suppress(ImportError):
+        from hypothesis.internal.conjecture import providers
+
+        providers.is_local_module_file = lambda path: False
 
 
 def pytest_configure(config: pytest.Config) -> None:

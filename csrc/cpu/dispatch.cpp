@@ -199,7 +199,7 @@ void tome_merge(const MergeArgs& args) {
   check_rows(args.rows, args.num_tokens);
   check_threads(args.threads);
   check_assign(args.assign, args.num_tokens, args.num_out);
-  require(args.size != nullptr || args.reduce == Reduce::kSum || args.num_out == 0,
+  require(args.size != nullptr || args.reduction == Reduction::kSum || args.num_out == 0,
           "size must be given where the reduction is no sum");
   const Groups groups(args.assign, args.weight, args.num_tokens, args.num_out, args.threads);
   tome_kernels().merge(args, groups.start.data(), groups.member.data(), groups.scratch.get());

@@ -45,8 +45,6 @@ struct PlanArgs {
   int threads;
 };
 
-enum class Reduce : int { kMean = 0, kSum = 1, kMax = 2 };
-
 struct MergeArgs {
   const void* x;
   DType dtype;
@@ -55,7 +53,7 @@ struct MergeArgs {
   const int32_t* assign;  // [num_tokens]
   const float* size;      // [num_out]: a row of size 0 is 0, the mean divides by it; null only for the sum
   const float* weight;    // [num_tokens] or null: ones; 0 masks
-  Reduce reduce;
+  Reduction reduction;
   int64_t num_out;
   void* y;  // [num_out, shuffle^2 * width]
   int threads;

@@ -291,8 +291,8 @@ int64_t compress(const CompressArgs& args, char* workspace, int64_t stride) {
     group_tokens(plan.assign + start, plan.weight + start, n, static_cast<int32_t>(row), num_rows, ws.group_start,
                  ws.member);
     char* y = static_cast<char*>(args.y) + row * row_bytes;
-    merge({x, args.dtype, args.rows, n, nullptr, plan.size_out + row, plan.weight + start, Reduce::kMean, num_rows, y,
-           threads},
+    merge({x, args.dtype, args.rows, n, nullptr, plan.size_out + row, plan.weight + start, Reduction::kMean, num_rows,
+           y, threads},
           ws.group_start, ws.member, ws.scratch);
     return true;
   });

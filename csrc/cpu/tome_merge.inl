@@ -99,7 +99,7 @@ void merge_of(const MergeArgs& args, const int64_t* group_start, const int64_t* 
                      __builtin_memset(y, 0, count * sizeof(T));
                      return;
                    }
-                   const Divisor divisor = Divisor::of(args.reduce == Reduce::kMean ? size : 1.f, T{});
+                   const Divisor divisor = Divisor::of(args.reduction == Reduction::kMean ? size : 1.f, T{});
                    const T *x[kMergeRows], *ahead[kMergeRows];
                    float w[kMergeRows];
                    const auto row_of = [&](int64_t i) {
@@ -136,7 +136,7 @@ void merge_of(const MergeArgs& args, const int64_t* group_start, const int64_t* 
 
 template <class T>
 void merge_rows_of(const MergeArgs& args, const int64_t* group_start, const int64_t* member, float* scratch) {
-  if (args.reduce == Reduce::kMax) return merge_of<true, T>(args, group_start, member, scratch);
+  if (args.reduction == Reduction::kMax) return merge_of<true, T>(args, group_start, member, scratch);
   return merge_of<false, T>(args, group_start, member, scratch);
 }
 

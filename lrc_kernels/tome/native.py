@@ -22,8 +22,8 @@ from lrc_kernels.tome.reference import empty_tokens
 
 __all__ = ["cpu_unavailable", "cuda_unavailable"]
 
-# As `lrc::cpu::Reduce` numbers them.
-REDUCTIONS = {"mean": 0, "sum": 1, "max": 2}
+# As `lrc::Reduction` numbers them.
+_REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
 
 
 def _unit_channel_stride(x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def cpu_merge(
     y = torch.empty(num_out, rows[0] * rows[1] ** 2, dtype=x.dtype)
     C.tome_merge(
         *(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, assign.data_ptr()),
-        *(0 if reduce == "sum" else size.data_ptr(), pointer(weight), REDUCTIONS[reduce], num_out, y.data_ptr()),
+        *(0 if reduce == "sum" else size.data_ptr(), pointer(weight), _REDUCTIONS[reduce], num_out, y.data_ptr()),
         torch.get_num_threads(),
     )
     return y
@@ -192,8 +192,6 @@ def cuda_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:
     return metric
 
 
-# As `lrc::Reduction` numbers them.
-_REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}
 # Tokens of a segment up to which the CUDA plan goes, `lrc::kMaxPlanTokens`.
 _MAX_PLAN_TOKENS = 65536
 # Rows of a segment up to which the CUDA merge goes: its blocks look at every token of a segment for each 128 rows.

@@ -59,8 +59,12 @@ def test_scores(lengths, positions, heads, head_dim, options, block_size, dtype,
     named = {"head_reduce": options[0], "query_reduce": options[1]}
     _C.set_cpu_isa(isa)
     result = attention_scores(q, k, **where, **named)
-    same = eager_scores(q, k, **where, **named, dtype=torch.float32)
-    assert_close(result, eager_scores(q, k, **where, **named), same, name=isa)
+    reference = eager_scores(q, k, **where, **named)
+    # A score or two hold most of the weight: PyTorch's error is the worse one of two orders of the channels.
+    orders = [eager_scores(*pair, **where, **named, dtype=torch.float32) for pair in ((q, k), (q.flip(-1), k.flip(-1)))]
+    errors = [(order - reference).abs() for order in orders]
+    same = torch.where(errors[0] > errors[1], orders[0], orders[1])
+    assert_close(result, reference, same, name=isa)
     if block_size:
         paged, table = into_pages(k, where["cu_seqlens_k"], block_size, seed)
         assert torch.equal(attention_scores(q, paged, block_table=table, **where, **named), result)

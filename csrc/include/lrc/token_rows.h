@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the features of tokens cross the C++ API: their element type as a number, and where they lie in memory.
+// How the features of tokens cross the C++ API: their element type and how they merge as numbers, and where they lie in
+// memory.
 #pragma once
 #include <cstdint>
 
 namespace lrc {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+enum class Reduction : int { kSum = 0, kMean = 1, kMax = 2 };
 
 /// Where tokens lie in memory. Token t concatenates shuffle^2 pieces of `width` channels (pixel shuffle v2). With frame
 /// f = t / tokens_per_frame, u = t % tokens_per_frame and (i, j) = (u / grid_width, u % grid_width), piece (di, dj)

@@ -77,8 +77,6 @@ int64_t plan_workspace_bytes(int64_t num_tokens, int64_t num_channels);
 
 void plan_merge(const PlanArgs& args, cudaStream_t stream);
 
-enum class Reduction : int { kSum = 0, kMean = 1, kMax = 2 };
-
 /// y[j] = sum, sum / size[j] or maximum over the tokens with assign[i] = j, of weight[i] * x[i] (the maximum of x[i]
 /// alone), in fp32 in ascending order of i, rounded once. Tokens of weight 0 are left out, whatever they hold; a row
 /// without weight is 0.
