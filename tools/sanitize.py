@@ -71,6 +71,9 @@ def tome_calls(dtype: torch.dtype, tokens: int, width: int) -> dict[str, Callabl
     weights = torch.rand(2 * tokens, device=DEVICE)
     protected = torch.arange(2 * tokens, device=DEVICE) == 7
     destination = torch.arange(2 * tokens, device=DEVICE) % 4 == 2
+    # Long enough for two blocks of a cluster, for shared memory to be used again, for several windows of rows.
+    clip, clip_metric = features(1, 600, width), torch.randn(1, 600, 136, device=DEVICE)
+    clip_plan = plan_merge(clip_metric, r=280)
     return {
         "head_mean": lambda: head_mean(x, 4),
         "head_mean in place": lambda: head_mean(vit, 4, layout=layout),
@@ -81,7 +84,10 @@ def tome_calls(dtype: torch.dtype, tokens: int, width: int) -> dict[str, Callabl
         "plan_merge, destination, threshold": lambda: (
             plan_merge(metric, r=tokens // 4, destination=destination, threshold=0.1, precision="bf16").size
         ),
+        "plan_merge, long": lambda: plan_merge(clip_metric, r=[280, 100]).size,
+        "plan_merge, long, bf16": lambda: plan_merge(clip_metric, r=280, precision="bf16").size,
         "merge_tokens": lambda: merge_tokens(x, plan),
+        "merge_tokens, long": lambda: merge_tokens(clip, clip_plan),
         "merge_tokens, max": lambda: merge_tokens(x, plan, reduce="max"),
         "merge_tokens in place": lambda: merge_tokens(vit, vit_plan, layout=layout),
         "unmerge_tokens": lambda: unmerge_tokens(y, plan),
