@@ -357,6 +357,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = true;
   m.def("cuda_device_status", &lrc::device_status,
         "None where the kernels run on the current device, else the reason.");
+  m.def("cuda_ptx_version", &lrc::device_ptx_version,
+        "The compute capability (90 for 9.0) that the code on the current device was compiled for.");
   m.def("cuda_tome_head_mean", &cuda_tome_head_mean, NoGil(), py::arg("x"), py::arg("dtype"), py::arg("rows"),
         py::arg("num_tokens"), py::arg("num_heads"), py::arg("metric"), py::arg("stream"));
   m.def("cuda_tome_plan_workspace_bytes", &lrc::plan_workspace_bytes, py::arg("num_tokens"), py::arg("num_channels"));

@@ -104,6 +104,9 @@ def tome_calls(inputs: Inputs, tokens: int, width: int) -> Calls:
     weights = inputs.numbers(2 * tokens)
     protected = torch.arange(2 * tokens, device=device) == 7
     destination = torch.arange(2 * tokens, device=device) % 4 == 2
+    # Long enough for two blocks of a cluster, for shared memory to be used again, for several windows of rows.
+    clip, clip_metric = features(1, 600, width), inputs.numbers(1, 600, 136) - 0.5
+    clip_plan = plan_merge(clip_metric, r=280)
     return {
         "head_mean": lambda: head_mean(x, 4),
         "head_mean in place": lambda: head_mean(vit, 4, layout=layout),
@@ -116,7 +119,11 @@ def tome_calls(inputs: Inputs, tokens: int, width: int) -> Calls:
         ),
         # Scores that round to one bf16 number tie, so that which tokens merge is no matter of being right.
         "plan_merge, bf16": lambda: plan_merge(metric, r=tokens // 4, precision="bf16").size.sum(),
+        "plan_merge, long": lambda: plan_merge(clip_metric, r=280).size,
+        "plan_merge, long, halved": lambda: plan_merge(clip_metric, r=[300, 150]).size,
+        "plan_merge, long, bf16": lambda: plan_merge(clip_metric, r=280, precision="bf16").size.sum(),
         "merge_tokens": lambda: merge_tokens(x, plan),
+        "merge_tokens, long": lambda: merge_tokens(clip, clip_plan),
         "merge_tokens, max": lambda: merge_tokens(x, plan, reduce="max"),
         "merge_tokens in place": lambda: merge_tokens(vit, vit_plan, layout=layout),
         "unmerge_tokens": lambda: unmerge_tokens(y, plan),

@@ -17,4 +17,11 @@ const char* device_status() {
   return cudaGetErrorString(status);
 }
 
+int device_ptx_version() {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess) return attributes.ptxVersion;
+  cudaGetLastError();
+  return 0;
+}
+
 }  // namespace lrc

@@ -234,7 +234,7 @@ def _pattern(value: float, x: Tensor) -> int:
     """A fill value's bits, repeated over 8 bytes."""
     if value == 0:
         return 0
-    repeated = torch.full((8 // x.element_size(),), _element(value, x), dtype=x.dtype)
+    repeated = torch.full((8 // x.element_size(),), _element(value, x), dtype=x.dtype, device="cpu")
     return int(repeated.view(torch.int64)) % 2**64
 
 

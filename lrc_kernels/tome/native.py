@@ -201,10 +201,10 @@ _MAX_BLOCK_WORK = 2**26
 
 
 @functools.cache
-def _device_shape(device: int) -> tuple[int, int]:
-    """(multiprocessors, major compute capability)."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major
+def _device_shape(device: int) -> tuple[int, bool]:
+    """(multiprocessors, whether blocks can form clusters): code for sm_80 cannot, even where the device could."""
+    with torch.cuda.device(device):
+        return torch.cuda.get_device_properties(device).multi_processor_count, C.cuda_ptx_version() >= 90
 
 
 def plan_team(num_segments: int, max_seqlen: int, num_multiprocessors: int, has_clusters: bool) -> int:
@@ -249,8 +249,7 @@ def cuda_supports_plan(
         return f"max_seqlen must be <= {_MAX_PLAN_TOKENS}, got {max_seqlen}"
     if (reason := declines_dtype("metric", metric) or cuda_device_status(metric.device.index)) is not None:
         return reason
-    multiprocessors, major = _device_shape(metric.device.index)
-    return declines_plan_work(r.shape[1], max_seqlen, metric.shape[1], multiprocessors, major >= 9)
+    return declines_plan_work(r.shape[1], max_seqlen, metric.shape[1], *_device_shape(metric.device.index))
 
 
 def cuda_plan(
@@ -272,8 +271,7 @@ def cuda_plan(
     if total == 0:
         return assign, size_out, weight, anchor, valid
     workspace = torch.empty(C.cuda_tome_plan_workspace_bytes(total, width), dtype=torch.uint8, device=device)
-    multiprocessors, major = _device_shape(device.index)
-    team = plan_team(num_segments, max_seqlen, multiprocessors, major >= 9)
+    team = plan_team(num_segments, max_seqlen, *_device_shape(device.index))
     with torch.cuda.device(device):
         C.cuda_tome_plan(
             *(metric.data_ptr(), total, width, cu_in.data_ptr(), cu_out.data_ptr(), num_segments, max_seqlen),

@@ -67,6 +67,13 @@ def test_moves_unaligned_and_strided_rows(host_kernels, offset):
     assert torch.equal(y, reference.move_rows([x], index, [9])[0])
 
 
+def test_a_fill_value_is_encoded_on_the_host_whatever_the_default_device():
+    x, y = torch.ones(1, 3, 4), torch.empty(1, 2, 4)
+    with torch.device("meta"):
+        ((*_, pattern),) = native.row_moves([x], [y], [1.5])
+    assert pattern == 0x3FC000003FC00000
+
+
 def test_moves_nothing(host_kernels):
     empty = torch.empty(0, dtype=torch.int32)
     assert move(host_kernels, [torch.ones(1, 3, 4)], empty, [0])[0].shape == (1, 0, 4)

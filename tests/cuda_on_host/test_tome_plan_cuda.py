@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernel of the matching schedule, executed on the host with emulated matrix instructions and clusters."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -304,6 +307,23 @@ def test_long_segments_go_to_tiled_launches_while_the_device_idles():
     assert native.declines_plan_work(0, 0, 128, 132, True) is None
     assert "occupy 1 of 108 multiprocessors" in native.declines_plan_work(1, 2048, 128, 108, False)
     assert "occupy 8 of 132 multiprocessors" in native.declines_plan_work(1, 16384, 640, 132, True)
+
+
+@pytest.mark.parametrize(("ptx_version", "declines"), [(90, False), (80, True)])
+def test_code_for_sm_80_forms_no_clusters_on_any_device(monkeypatch, ptx_version, declines):
+    """What LRC_CUDA_ARCHS=80 builds runs on newer devices, through its PTX, where the barrier of a cluster traps."""
+    built = SimpleNamespace(cuda_ptx_version=lambda: ptx_version)
+    hopper = SimpleNamespace(multi_processor_count=132, major=9)
+    monkeypatch.setattr(native, "C", built)
+    monkeypatch.setattr(native, "cuda_device_status", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    metric = SimpleNamespace(
+        shape=(2048, 128), dtype=torch.float32, device=SimpleNamespace(index=f"compiled for {ptx_version}")
+    )
+    options = (None, None, None, 1024, 2048, None, "fp32", "reference", "isolate", 1)
+    reason = native.cuda_supports_plan(metric, None, None, torch.ones(1, 1), *options)
+    assert ("occupy 1 of 132 multiprocessors" in reason) if declines else reason is None
 
 
 @pytest.mark.parametrize(
