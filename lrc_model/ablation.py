@@ -4,8 +4,10 @@ waterfall or why it has none."""
 
 from __future__ import annotations
 
+import gc
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from lrc_kernels.checks import check_choice
 from lrc_kernels.tome import compress_clips
 from lrc_model.config import LRCConfig
 from lrc_model.connector import Connector
+from lrc_model.generate import PREFILL_CHUNK
 from lrc_model.model import LRCModel
 from lrc_model.waterfall import Waterfall, run_prefill
+
+WARM_UP_CLIPS = 4
 
 
 class _PublishedMerge(Connector):
@@ -70,10 +75,13 @@ ABLATIONS: dict[str, Callable[[LRCModel], tuple[LRCModel, dict[str, Any]]]] = {
 }
 
 
-def measured_prefill(model: LRCModel, num_frames: int, **options: Any) -> Waterfall:
-    """`run_prefill` after one clip to warm up: what a first call loads and compiles belongs to no stage."""
-    run_prefill(model, model.config.connector.clip_frames, **options)
-    return run_prefill(model, num_frames, **options)
+def warm_up(model: LRCModel, num_frames: int, *, chunk: int, chunk_clips: int, **options: Any) -> None:
+    """One chunk of clips and, in a quarter of the frames at most, one of rows: what a first call of such shapes loads
+    and compiles belongs to no stage."""
+    connector = model.config.connector
+    clips = min(chunk_clips, WARM_UP_CLIPS) * connector.clip_frames
+    rows = min(-(-min(chunk, PREFILL_CHUNK) // connector.tokens_per_frame), num_frames // 4)
+    run_prefill(model, min(num_frames, max(clips, rows)), chunk=chunk, chunk_clips=chunk_clips, **options)
 
 
 def _why_not(model: LRCModel, name: str) -> str | None:
@@ -84,47 +92,82 @@ def _why_not(model: LRCModel, name: str) -> str | None:
     return None
 
 
-def run_form(model: LRCModel, name: str, num_frames: int, **options: Any) -> Waterfall | str:
-    """The waterfall of "ours" or of a public form, or why it has none: out of memory, or nothing to replace.
+def run_form(
+    model: LRCModel,
+    name: str,
+    num_frames: int,
+    *,
+    warm: bool = True,
+    chunk: int = PREFILL_CHUNK,
+    chunk_clips: int = 4,
+    **options: Any,
+) -> Waterfall:
+    """The waterfall of "ours" or of a public form; `error` says why it is not whole, such as out of memory.
+
+    A fault of a backend or device ends this form alone: its traceback goes to standard error, and the figures up to
+    there are returned.
+
+    Args:
+        warm: run a short prefill of the same shapes first.
+        chunk, chunk_clips, options: of `run_prefill`.
 
     Raises:
         ValueError: an unknown form, or as `run_prefill`.
     """
     check_choice("name", name, ("ours", *ABLATIONS))
+    fall = Waterfall()
     if (reason := _why_not(model, name)) is not None:
-        return reason
+        fall.error = reason
+        return fall
     changed, extra = ABLATIONS[name](model) if name in ABLATIONS else (model, {})
     backend = extra.pop("backend", None)
+    options = {"chunk": chunk, "chunk_clips": chunk_clips, **options, **extra}
     try:
-        with use_backend(backend) if backend else _nothing():
-            return measured_prefill(changed, num_frames, **{**options, **extra})
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # torch's CPU allocator has no error class of its own.
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
-            raise
-        return f"out of memory: {str(error).splitlines()[0]}"
+        with use_backend(backend) if backend else nullcontext():
+            if warm:
+                # What fails here fails below too, where the stages before it are kept.
+                with suppress(RuntimeError, MemoryError):
+                    warm_up(changed, num_frames, **options)
+            run_prefill(changed, num_frames, fall=fall, **options)
+    except (ValueError, TypeError, OSError):
+        raise
+    except Exception as error:
+        what = (str(error) or "no message").splitlines()[0]
+        fall.failed = not _is_out_of_memory(error)
+        fall.error = f"failed: {type(error).__name__}: {what}" if fall.failed else f"out of memory: {what}"
+        if fall.failed:
+            traceback.print_exc()
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free()
+    return fall
 
 
-def memory_curve(model: LRCModel, most_frames: int, **options: Any) -> dict[str, list[tuple[int, int]]]:
-    """form -> (frames, peak bytes) for 64, 128, ... frames up to `most_frames`, until the form runs out of memory."""
-    curve: dict[str, list[tuple[int, int]]] = {}
+def memory_curve(model: LRCModel, most_frames: int, **options: Any) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Each form and its (frames, peak bytes) for 64, 128, ... frames up to `most_frames`, until it runs out of memory.
+
+    Args:
+        options: of `run_prefill`.
+    """
     for name in ("ours", *ABLATIONS):
-        frames = min(64, most_frames)
-        while isinstance(fall := run_form(model, name, frames, **options), Waterfall):
-            curve.setdefault(name, []).append((fall.num_frames, fall.peak))
+        frames, points = min(64, most_frames), []
+        while not (fall := run_form(model, name, frames, warm=False, **options)).error:
+            points.append((fall.num_frames, fall.peak))
             if frames == most_frames:
                 break
             frames = min(2 * frames, most_frames)
-    return curve
+        if points:
+            yield name, points
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _free() -> None:
+    """Give back what a form held, whose traceback may have tied it up in cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        # A kernel's fault leaves a device on which nothing works, not even this.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's CPU allocator has no error class of its own.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -96,37 +96,45 @@ def _prefill(args: argparse.Namespace) -> int:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
     total, dtype = total_memory(_device(args)), _dtype(args) or read_dtype(args.checkpoint, config)
-    cost = check_fits(config, most, total, frame_text=args.frame_text, bytes_per_value=dtype.itemsize)
+    options: dict[str, Any] = {"frame_text": args.frame_text, "chunk": args.chunk, "chunk_clips": args.chunk_clips}
+    cost = check_fits(config, most, total, bytes_per_value=dtype.itemsize, **options)
     print(f"planned: {cost.memory / GIB:.1f} GiB of {total * USABLE / GIB:.1f} GiB usable", flush=True)
     model = _model(args, config)
-    options = {"video": args.video, "frame_text": args.frame_text, "chunk": args.chunk, "chunk_clips": args.chunk_clips}
+    options["video"] = args.video
     falls: dict[str, Waterfall] = {}
     for frames in args.frames:
         for name in ("ours", *ABLATIONS) if args.ablate else ("ours",):
-            result = run_form(model, name, frames, **options)
-            print(f"{name}: {result}\n", flush=True)
-            if isinstance(result, Waterfall):
-                falls[name if len(args.frames) == 1 else f"{name}, {frames} frames"] = result
-    if not falls:
-        raise ValueError(f"--frames {most} must fit the memory: see `lrc-model plan`")
+            fall = run_form(model, name, frames, **options)
+            print(f"{name}: {fall}\n", flush=True)
+            falls[name if len(args.frames) == 1 else f"{name}, {frames} frames"] = fall
+            _write(args.out, "waterfall", {key: value.to_dict() for key, value in falls.items()})
+    curve: dict[str, list[tuple[int, int]]] = {}
+    for name, points in memory_curve(model, most, **options) if args.curve else ():
+        print(f"{name:<18}", *(f"{frames}: {peak / GIB:.2f} GiB" for frames, peak in points), sep="  ", flush=True)
+        curve[name] = points
+        _write(args.out, "memory", curve)
+    whole = {name: fall for name, fall in falls.items() if not fall.error}
     if args.out is not None:
-        _write(args.out, falls, {})
-    curve = memory_curve(model, most, **options) if args.curve else {}
-    for name, points in curve.items():
-        print(f"{name:<18}", *(f"{frames}: {peak / GIB:.2f} GiB" for frames, peak in points), sep="  ")
-    if args.out is not None and curve:
-        _write(args.out, falls, curve)
+        _draw(args.out, whole, curve)
+    if failed := [name for name, fall in falls.items() if fall.failed]:
+        print(f"lrc-model: failed: {'; '.join(failed)}", file=sys.stderr)
+        return 1
+    if not whole:
+        raise ValueError(f"--frames {most} must fit the memory: see `lrc-model plan`")
     return 0
 
 
-def _write(out: Path, falls: dict[str, Waterfall], curve: dict[str, list[tuple[int, int]]]) -> None:
-    """The figures as JSON, and as pictures where matplotlib is installed."""
-    values = {name: fall.to_dict() for name, fall in falls.items()}
-    (out / "waterfall.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    if curve:
-        (out / "memory.json").write_text(json.dumps(curve, indent=1), encoding="utf-8")
+def _write(out: Path | None, name: str, figures: dict[str, Any]) -> None:
+    """After every figure, so that a run that is cut off leaves those before."""
+    if out is not None:
+        (out / f"{name}.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+def _draw(out: Path, whole: dict[str, Waterfall], curve: dict[str, list[tuple[int, int]]]) -> None:
+    """Pictures, where matplotlib is installed."""
     try:
-        draw(falls, out / "waterfall.png")
+        if whole:
+            draw(whole, out / "waterfall.png")
         if curve:
             draw_curve(curve, out / "memory.png")
     except ImportError as error:

@@ -31,6 +31,7 @@ from lrc_model.tokenizer import Tokenizer, load_tokenizer
 from lrc_model.vision import VisionEncoder
 
 INITIALIZER_RANGE = 0.02
+LAYER_SCALE = 0.1
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,17 @@ class LRCModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> LRCModel:
         """A model with random weights, drawn on its device, so that 8 billion of them take seconds on a GPU."""
-        vision = VisionEncoder(config.vision, seed=seed, dtype=dtype).to(device)
+        device = torch.device(device)
         connector, language = Connector.empty(config, dtype=dtype), LanguageModel.empty(config.text, dtype=dtype)
+        drawn: list[nn.Module] = [connector, language]
+        if device.type == "cpu":
+            vision = VisionEncoder(config.vision, seed=seed, dtype=dtype)
+        else:
+            vision = VisionEncoder.empty(config.vision, dtype=dtype)
+            drawn.append(vision)
         generator = torch.Generator(device).manual_seed(seed)
-        for module in (connector, language):
-            module.to_empty(device=device)
-            for name, parameter in module.named_parameters():
-                with torch.no_grad():
-                    if "norm" in name:
-                        parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-                    elif name.endswith("bias"):
-                        parameter.zero_()
-                    else:
-                        parameter.normal_(std=INITIALIZER_RANGE, generator=generator)
+        for module in drawn:
+            draw_weights(module.to_empty(device=device), generator)
         return cls(config, vision, connector, language).eval()
 
     @classmethod
@@ -296,6 +295,20 @@ class LRCModel(nn.Module):
                 "overflows where bf16 does not)"
             )
         return best
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Random weights in place, on the device where the parameters and the generator are, as transformers draws them."""
+    for name, parameter in module.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif "lambda" in name:
+            parameter.fill_(LAYER_SCALE)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(std=INITIALIZER_RANGE, generator=generator)
 
 
 def _check_batch(batch: PackedBatch) -> None:

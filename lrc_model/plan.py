@@ -11,13 +11,13 @@ from lrc_model.config import LRCConfig
 from lrc_model.convert import PARTS, state_shapes
 
 GIB = 2**30
-# Dense bf16 FLOP/s and bytes of memory, from the vendors' data sheets.
+# Dense bf16 FLOP/s, bytes of memory, and bytes/s to and from it, from the vendors' data sheets.
 GPUS = {
-    "a100-40": (312e12, 40e9),
-    "a100-80": (312e12, 80e9),
-    "h100-80": (989e12, 80e9),
-    "h200-141": (989e12, 141e9),
-    "rtx4090-24": (165e12, 24e9),
+    "a100-40": (312e12, 40e9, 1.555e12),
+    "a100-80": (312e12, 80e9, 2.039e12),
+    "h100-80": (989e12, 80e9, 3.35e12),
+    "h200-141": (989e12, 141e9, 4.8e12),
+    "rtx4090-24": (165e12, 24e9, 1.008e12),
 }
 # Text tokens per frame of the public template ("FrameN: <img>...</img>"), as facts count them.
 FRAME_TEXT_TOKENS = 9
@@ -56,6 +56,23 @@ class PrefillCost:
         """On that GPU at 45 % of its peak: arithmetic, not a measurement."""
         check_choice("gpu", gpu, tuple(GPUS))
         return (self.flops_vision + self.flops_text) / (GPUS[gpu][0] * MODEL_FLOP_UTILISATION)
+
+
+def peak_rates(name: str) -> tuple[float, float] | None:
+    """(dense bf16 FLOP/s, bytes/s of memory) of the GPU that its driver calls `name`, None where `GPUS` lacks it.
+
+    >>> peak_rates("NVIDIA H100 80GB HBM3")
+    (989000000000000.0, 3350000000000.0)
+    """
+    words = name.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    if "pcie" in words or "nvl" in words:
+        # Cards of the same name with other clocks and memory.
+        return None
+    for key, (flops, _, bandwidth) in reversed(GPUS.items()):
+        chip, size = key.split("-")
+        if chip in words and (chip != "a100" or f"{size}gb" in words):
+            return flops, bandwidth
+    return None
 
 
 def rows_per_layer(config: LRCConfig, num_visual: int, num_text: int) -> list[int]:

@@ -113,7 +113,7 @@ finish() {
   if [ ${#figures[@]} -gt 0 ]; then
     "$PYTHON" -m benchmarks.report "${figures[@]}" --out "$work/bench" --command tools/gpu_check.sh >"$work/bench_report.log" 2>&1
   fi
-  { [ ! -e "$work/prefill.log" ] || tail -n 30 "$work/prefill.log"; } | cut -c1-120
+  { [ ! -e "$work/prefill.log" ] || tail -n 40 "$work/prefill.log"; } | cut -c1-120
   { [ ! -e "$work/bench/results.md" ] || sed 's/ – |//g' "$work/bench/results.md"; } | cut -c1-240 | head -c 4500
   for name in "${failed[@]}"; do
     echo "--- $name"
@@ -151,7 +151,7 @@ step smoke 150 "tools/sanitize.py" "$PYTHON tools/sanitize.py reference --op pla
   "$PYTHON" tools/sanitize.py --each aten cudnn cuda triton
 # Where a kernel breaks it, Triton alone still gives the figures; the step has failed all the same.
 # shellcheck disable=SC2016
-step prefill 200 "lrc_model/cli.py" "$PYTHON -m lrc_model.cli prefill --preset tiny --frames 16,64 --device cpu" \
+step prefill 240 "lrc_model/cli.py" "$PYTHON -m lrc_model.cli prefill --preset tiny --frames 16,64 --device cpu" \
   bash -c '"$@" || { echo "again with LRC_BACKEND=triton"; LRC_BACKEND=triton "$@"; exit 1; }' _ \
   "$PYTHON" -m lrc_model.cli prefill --frames 1000,3000,10000 --out "$work/prefill"
 

@@ -5,17 +5,23 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lrc_kernels.backend import forced_backend
 from lrc_kernels.token_dropout import DropoutSchedule
-from lrc_model.ablation import ABLATIONS
+from lrc_model import ablation, waterfall
+from lrc_model.ablation import ABLATIONS, run_form
 from lrc_model.chat import chat
 from lrc_model.cli import main
 from lrc_model.config import internvideo2_5_8b, preset, tiny
 from lrc_model.model import LRCModel
-from lrc_model.plan import GIB, check_fits, most_frames, prefill_cost
+from lrc_model.plan import GIB, GPUS, check_fits, most_frames, peak_rates, prefill_cost
 from lrc_model.templates import Turn
 from lrc_model.waterfall import STAGES, run_prefill
 
@@ -97,6 +103,137 @@ def test_several_lengths_in_one_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["prefill", *options, "--frames", "8,,24"])
     assert "--frames: must be whole numbers with commas between them, got '8,,24'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_form_that_breaks_leaves_all_other_figures(error, tmp_path, capsys, monkeypatch):
+    """The stages before it and the forms beside it; a fault is exit code 1 with its traceback, too little memory 0."""
+    whole = waterfall.prefill
+
+    def prefill(*args, **options):
+        if forced_backend() == "reference":
+            raise error
+        return whole(*args, **options)
+
+    monkeypatch.setattr(waterfall, "prefill", prefill)
+    is_fault = not isinstance(error, torch.OutOfMemoryError)
+    arguments = ["--preset", "tiny", "--device", "cpu", "--frames", "8,16", "--ablate", "--out", str(tmp_path)]
+    assert main(["prefill", *arguments]) == is_fault
+    said = capsys.readouterr().err
+    assert ("Traceback" in said and "failed: eager PyTorch, 8 frames; eager PyTorch, 16" in said) == is_fault
+    falls = json.loads((tmp_path / "waterfall.json").read_text())
+    assert set(falls) == {f"{name}, {frames} frames" for name in ("ours", *ABLATIONS) for frames in (8, 16)}
+    broken = falls["eager PyTorch, 8 frames"]
+    assert str(error) in broken["error"] and broken["failed"] == is_fault
+    assert broken["seconds"]["vision"] > 0 and broken["num_rows"] == 0 and broken["flops"]["vision"] > 0
+    assert falls["no token dropout, 8 frames"]["error"] == "this configuration drops nothing"
+    assert falls["no merging, 16 frames"]["num_rows"] == 66 and not falls["no merging, 16 frames"]["error"]
+
+
+def test_logits_that_are_not_finite_are_no_figure(capsys):
+    model = LRCModel.from_config(tiny())
+    with torch.no_grad():
+        model.language_model.lm_head.weight[3] = torch.nan
+    fall = run_form(model, "ours", 8)
+    assert fall.failed and "finite" in fall.error and "Traceback" in capsys.readouterr().err
+    assert str(fall).startswith("failed: RuntimeError: ") and "vision" in str(fall)
+
+
+def test_a_waterfall_holds_the_whole_time_and_peak(monkeypatch):
+    """What runs between the stages is "other": here half a second and 200 MB before the first of them."""
+    model = LRCModel.from_config(tiny())
+    embed = model.language_model.embed
+
+    def slow(ids):
+        time.sleep(0.5)
+        torch.ones(50 << 20)
+        return embed(ids)
+
+    monkeypatch.setattr(model.language_model, "embed", slow)
+    start = time.perf_counter()
+    fall = run_prefill(model, 8)
+    assert 0.5 <= fall.seconds["other"] <= sum(fall.seconds.values()) <= time.perf_counter() - start
+    if sys.platform == "linux":
+        assert fall.peak == fall.peak_bytes["other"] > fall.peak_bytes["vision"] + 1.5e8
+
+
+def test_the_warm_up_has_the_shapes_of_what_is_measured(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ablation, "run_prefill", lambda model, frames, **options: seen.append((frames, options)))
+    model = LRCModel.from_config(tiny())
+    run_form(model, "ours", 400, chunk=64, chunk_clips=3)
+    run_form(model, "one shot", 400)
+    run_form(model, "ours", 8)
+    run_form(model, "ours", 400, warm=False)
+    assert [frames for frames, _ in seen] == [64, 400, 100, 400, 8, 8, 400]
+    assert all(options["chunk_clips"] == clips for (_, options), clips in zip(seen[:3], (3, 3, 2**31), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80"),
+        ("NVIDIA H200", "h200-141"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-24"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("AMD Instinct MI300X", None),
+        ("", None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_gpu(name, gpu):
+    assert peak_rates(name) == (None if gpu is None else (GPUS[gpu][0], GPUS[gpu][2]))
+
+
+def test_a_rate_is_work_over_time():
+    fall = waterfall.Waterfall(gpu="NVIDIA H100 80GB HBM3")
+    fall.seconds.update(vision=2.0, merge=0.5, decode=1.0)
+    fall.flops, fall.traffic = {"vision": 989e12}, {"merge": 3.35e12 / 4}
+    assert fall.rate("vision") == "494 TFLOP/s = 50% of peak" and fall.rate("merge") == "1.68 TB/s = 50% of peak"
+    assert fall.rate("decode") == fall.rate("language") == ""
+    model = LRCModel.from_config(tiny())
+    fall = run_prefill(model, 16)
+    width, kept = 32 * 4, 16
+    assert fall.traffic == {"merge": (2 * 16 * 4 + kept) * width * 4}
+    assert fall.flops["connector"] == 2 * kept * (width * 64 + 64 * 64)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, whatever the allocator makes of them."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.now = self.peak = held
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        arguments = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and id(storage := x.untyped_storage()) not in arguments:
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("dropout", [None, DropoutSchedule((2,), (0.5,), ("linspace",))])
+@pytest.mark.parametrize("frames", [64, 512])
+def test_no_more_is_alive_than_planned(dropout, frames):
+    """No second copy of rows, keys or values, no logits of all rows, no table of rows x rows: within 10 %."""
+    config = tiny().override(
+        {"hidden_size": 256, "text.intermediate_size": 1024, "tokens_per_frame": 3, "dropout": dropout}
+    )
+    model = LRCModel.from_config(config)
+    options = {"chunk": 256, "chunk_clips": 2}
+    cost = prefill_cost(config, frames, bytes_per_value=4, **options)
+    with LiveBytes(cost.weights) as live:
+        run_prefill(model, frames, **options)
+    assert 0.9 * cost.memory < live.peak < 1.1 * cost.memory, (live.peak, cost)
 
 
 def test_a_prefill_reads_what_forward_reads():

@@ -13,7 +13,8 @@ from lrc_model.ablation import run_form
 from lrc_model.cache import KVCache
 from lrc_model.checkpoint import convert_checkpoint
 from lrc_model.config import tiny
-from lrc_model.model import LRCModel
+from lrc_model.model import LRCModel, draw_weights
+from lrc_model.vision import VisionEncoder
 from lrc_model.waterfall import run_prefill
 from tests.model.samples import make_sample
 
@@ -179,3 +180,19 @@ def test_what_is_no_batch_or_no_place_in_a_cache():
         run_prefill(model, 8, chunk=0)
     with pytest.raises(ValueError, match="name must be one of ours, published merge"):
         run_form(model, "nonsense", 8)
+
+
+def test_weights_drawn_on_a_device_are_those_of_transformers():
+    """What `from_config` draws on a GPU, without a detour over fp32 on the CPU."""
+    config = dataclasses.replace(tiny().vision, hidden_size=64, intermediate_size=256)
+    drawn = VisionEncoder.empty(config).to_empty(device="cpu")
+    draw_weights(drawn, torch.Generator().manual_seed(0))
+    wanted = VisionEncoder(config).state_dict()
+    for name, weight in drawn.state_dict().items():
+        if wanted[name].unique().numel() == 1:
+            assert torch.equal(weight, wanted[name]), name
+        else:
+            assert weight.mean().abs() < 0.01 and abs(weight.std() / wanted[name].std() - 1) < 0.3, name
+    again = VisionEncoder.empty(config).to_empty(device="cpu")
+    draw_weights(again, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), drawn.parameters(), strict=True))
