@@ -131,7 +131,8 @@ def compile_case(case: Any, arch: str) -> Result:
     aligned = {
         path: [["tt.divisibility", 16]]
         for path, (name, leaf) in leaves.items()
-        if leaf.startswith("*") or (name.startswith("stride") and leaf != "constexpr")
+        if leaf.startswith("*")
+        or ((name.startswith("stride") or name in case.multiples_of_16) and leaf != "constexpr")
     }
     source = ASTSource(fn=case.kernel, signature=types, constexprs=dict(case.constexprs), attrs=aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
@@ -179,7 +180,8 @@ def check_triton(modules: dict[str, ModuleType], archs: list[str], cache: Path) 
     for name, module in modules.items():
         for index, case in enumerate(module.COMPILE_CASES):
             for arch in [arch for arch in archs if arch in case.archs]:
-                description = (case.name, case.signature, case.constexprs, case.num_warps, case.num_stages)
+                launch = (case.num_warps, case.num_stages, case.multiples_of_16)
+                description = (case.name, case.signature, case.constexprs, *launch)
                 key = cache / f"{digest(sources, arch, repr(description), str(case.tensor_cores))}.json"
                 if key.exists():
                     results.append(Result(**json.loads(key.read_text())))
