@@ -17,7 +17,9 @@ def _scatter_case(name: str, kind: str, count: int, width: int) -> CompileCase:
     types |= dict.fromkeys(("heads", "strides_row", "strides_head", "strides_dim"), ("i32",) * count)
     types |= dict.fromkeys(("num_rows", "num_slots", "num_places", "K"), "i32")
     constexprs = {"BLOCK_R": block_r, "BLOCK_K": block_k}
-    return CompileCase(f"scatter_heads-{name}", scatter_heads_fwd_kernel, types, constexprs, multiples_of_16=_wide(width))
+    return CompileCase(
+        f"scatter_heads-{name}", scatter_heads_fwd_kernel, types, constexprs, multiples_of_16=_wide(width)
+    )
 
 
 def _gather_case(name: str, kind: str, result: str, count: int, copies: int, width: int) -> CompileCase:
