@@ -36,6 +36,8 @@ class CompileCase:
         num_warps, num_stages: as launched.
         tensor_cores: True where `wgmma` or `mma.sync` must appear in the PTX.
         archs: where this configuration ships, if the tile depends on the device.
+        rounds_exactly: True where no division or root may be the GPU's approximate one.
+        multiples_of_16: integers, beside the strides, for which Triton specialises the kernel as multiples of 16.
     """
 
     name: str
@@ -46,6 +48,8 @@ class CompileCase:
     num_stages: int = 2
     tensor_cores: bool = False
     archs: tuple[str, ...] = ("sm_80", "sm_90")
+    rounds_exactly: bool = False
+    multiples_of_16: tuple[str, ...] = ()
 
 
 def signature_type(value: torch.dtype | torch.Tensor) -> str:

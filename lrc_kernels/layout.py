@@ -62,7 +62,7 @@ class VarlenLayout:
             num_tokens: rows of all sequences together.
         """
         layout = cls.__new__(cls)
-        layout._fill(cu_seqlens, max_seqlen, num_tokens, ON_DEVICE)
+        layout._fill(cu_seqlens.contiguous(), max_seqlen, num_tokens, ON_DEVICE)
         return layout
 
     @classmethod

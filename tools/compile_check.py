@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = ROOT / "tests" / "compile" / "budgets.toml"
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync|v_mfma)")
+APPROXIMATION = re.compile(r"\b(div\.(?:full|approx)\S*|sqrt\.approx\S*)")
 NVCC_TARGETS = {"sm_80": "arch=compute_80,code=sm_80", "sm_90": "arch=compute_90a,code=sm_90a"}
 
 
@@ -45,6 +46,7 @@ class Result:
     shared: int
     instruction: str
     needs_instruction: bool
+    approximation: str = ""
 
 
 def load_modules(paths: list[Path]) -> dict[str, ModuleType]:
@@ -134,7 +136,7 @@ def compile_case(case: Any, arch: str) -> Result:
     aligned = {
         path: [["tt.divisibility", 16]]
         for path, (name, leaf) in leaves.items()
-        if leaf.startswith("*") or (name.startswith("stride") and leaf != "constexpr")
+        if leaf.startswith("*") or ((name.startswith("stride") or name in case.multiples_of_16) and leaf != "constexpr")
     }
     source = ASTSource(fn=case.kernel, signature=types, constexprs=dict(case.constexprs), attrs=aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
@@ -151,8 +153,10 @@ def compile_case(case: Any, arch: str) -> Result:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             ((_, _, registers, stack, _),) = resource_usage(cubin)
-    found = sorted(set(MATRIX_INSTRUCTION.findall(compiled.asm["amdgcn" if amd else "ptx"])))
-    return Result(case.name, arch, registers, stack, compiled.metadata.shared, "+".join(found), case.tensor_cores)
+    code = compiled.asm["amdgcn" if amd else "ptx"]
+    found = "+".join(sorted(set(MATRIX_INSTRUCTION.findall(code))))
+    rough = "+".join(sorted(set(APPROXIMATION.findall(code)))) if case.rounds_exactly else ""
+    return Result(case.name, arch, registers, stack, compiled.metadata.shared, found, case.tensor_cores, rough)
 
 
 _modules: dict[str, ModuleType] = {}
@@ -182,7 +186,8 @@ def check_triton(modules: dict[str, ModuleType], archs: list[str], cache: Path) 
     for name, module in modules.items():
         for index, case in enumerate(module.COMPILE_CASES):
             for arch in [arch for arch in archs if arch in case.archs]:
-                description = (case.name, case.signature, case.constexprs, case.num_warps, case.num_stages)
+                launch = (case.num_warps, case.num_stages, case.rounds_exactly, case.multiples_of_16)
+                description = (case.name, case.signature, case.constexprs, *launch)
                 key = cache / f"{digest(sources, arch, repr(description), str(case.tensor_cores))}.json"
                 if key.exists():
                     results.append(Result(**json.loads(key.read_text())))
@@ -305,6 +310,8 @@ def compare(results: list[Result], budgets: dict[str, Any]) -> tuple[list[str], 
             )
         if result.needs_instruction and not result.instruction:
             failures.append(f"{where}: no tensor-core instruction (wgmma, mma.sync or v_mfma) in its code")
+        if result.approximation:
+            failures.append(f"{where}: {result.approximation} where every operation must round exactly")
     return failures, [] if notes is failures else notes
 
 

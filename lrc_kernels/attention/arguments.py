@@ -111,7 +111,7 @@ def _resolve(name: str, cu_seqlens: VarlenLayout | Tensor, max_seqlen: int | Non
             raise ValueError(f"cu_seqlens_{name} must have shape [S + 1], got {list(cu_seqlens.shape)}")
         check_device(f"cu_seqlens_{name}", cu_seqlens, rows)
         if max_seqlen is not None and not values_are_checked(cu_seqlens):
-            return cu_seqlens.to(torch.int32), max_seqlen
+            return cu_seqlens.to(torch.int32).contiguous(), max_seqlen
         if torch.compiler.is_compiling():
             raise ValueError(
                 f"max_seqlen_{name} must be given inside torch.compile where cu_seqlens_{name} is a tensor"

@@ -59,9 +59,10 @@ def gather_heads_fwd_kernel(
         part = parts_ptr + (row * num_slots + place % num_slots) * K
         total += tl.load(part[:, None] + o_k[None, :], mask=mask & (place >= 0), other=0.0).to(ACC)
     for j in tl.static_range(len(y_ptrs)):
-        if (head >= 0) & (head < heads[j]):
-            y = y_ptrs[j] + (o_r * heads[j] + head) * K
-            tl.store(y[:, None] + o_k[None, :], total.to(y_ptrs[j].dtype.element_ty), mask=mask)
+        # A mask, not a branch around the store: Triton 3.6 fails to compile the branch for 16-bit parts and fp32 y.
+        own = mask & (head >= 0) & (head < heads[j])
+        y = y_ptrs[j] + (o_r * heads[j] + head) * K
+        tl.store(y[:, None] + o_k[None, :], total.to(y_ptrs[j].dtype.element_ty), mask=own)
         head -= heads[j]
 
 

@@ -2,15 +2,18 @@
 """Makes Triton's interpreter (TRITON_INTERPRET=1) safe to test with on a machine without a GPU.
 
 In: kernels as they are. Out: `tl.dot` on bf16/fp16 operands gives the right numbers, casts to bf16 round as a GPU does,
-any other bf16 arithmetic raises instead of giving wrong numbers silently, and `@triton.autotune` runs its first
-configuration without a driver.
+any other bf16 arithmetic raises instead of giving wrong numbers silently, `@triton.autotune` runs its first
+configuration without a driver, and the programs of a launch run in a random order, so that a kernel in which one
+program waits for what another writes fails here as it would on a GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +46,7 @@ def install_interpreter() -> str | None:
         _repair_cast(interpreter)
         _repair_index(interpreter)
         _refuse_bfloat16(interpreter)
+        _shuffle_programs(interpreter.InterpreterBuilder)
         _tune_without_driver(importlib.import_module("triton.runtime.autotuner").Autotuner)
         _installed = True
     return None
@@ -155,6 +159,23 @@ def _guarded(function: Callable, name: str) -> Callable:
         return function(self, *args, **kwargs)
 
     return checked
+
+
+def _shuffle_programs(builder: Any) -> None:
+    """Each launch has an order of its own, the same in every run of the process."""
+    set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+    launches = itertools.count()
+
+    def set_grid_dim(self: Any, *dim: int) -> None:
+        set_dim(self, *dim)
+        programs = list(itertools.product(*map(range, dim)))
+        random.Random(next(launches)).shuffle(programs)
+        self.lrc_programs = iter(programs)
+
+    def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
+        set_idx(self, *next(self.lrc_programs))
+
+    builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
 
 
 def _tune_without_driver(autotuner: Any) -> None:

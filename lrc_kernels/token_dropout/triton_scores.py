@@ -267,7 +267,7 @@ def attention_scores_fwd_apply_kernel(
                 q_offset = (row.to(tl.int64) * HQ + head) * K
                 b_s = _dot(q_ptr, q_offset, m_m, k_ptr, k_offset, m_n, b_k, K, BLOCK_K, BLOCK_M, BLOCK_N)
                 b_s = b_s * softmax_scale
-                at = row.to(tl.int64) * stride_offset_row + head * stride_offset_head
+                at = row.to(tl.int64) * stride_offset_row + head.to(tl.int64) * stride_offset_head
                 base = tl.load(offset_ptr + at, mask=m_m, other=0.0)
                 b_p = tl.exp(b_s - base[:, None])
                 if inverse_ptr is not None:

@@ -38,12 +38,12 @@ from lrc_kernels.tome.triton_step import (
 
 def _compile_case(
     name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, num_stages: int = 3,
-    tensor_cores: bool = False,
+    tensor_cores: bool = False, rounds_exactly: bool = False,
 ) -> CompileCase:  # fmt: skip
     """A CompileCase whose run-time arguments are those given by a Triton type ("*fp32", "i32")."""
     types = {key: value for key, value in arguments.items() if isinstance(value, str)}
     values = {key: value for key, value in arguments.items() if not isinstance(value, str)}
-    return CompileCase(name, kernel, types, values, num_warps, num_stages, tensor_cores)
+    return CompileCase(name, kernel, types, values, num_warps, num_stages, tensor_cores, rounds_exactly=rounds_exactly)
 
 
 _ABSENT = dict.fromkeys(
@@ -66,7 +66,9 @@ _TYPES = {
 def _plan_case(name: str, kernel: Any, arguments: dict[str, Any], num_warps: int = 4) -> CompileCase:
     known = {key: value for key, value in {**_TYPES, **_ABSENT}.items() if key in kernel.arg_names}
     tensor_cores = num_warps == MATRIX_WARPS and arguments.get("next_payload_ptr", True) is not None
-    return _compile_case(name, kernel, {**known, **arguments}, num_warps=num_warps, tensor_cores=tensor_cores)
+    return _compile_case(
+        name, kernel, {**known, **arguments}, num_warps=num_warps, tensor_cores=tensor_cores, rounds_exactly=True
+    )
 
 
 def _metric_case(part: str, name: str, width: int, bf16: bool = False, **changed: Any) -> CompileCase:

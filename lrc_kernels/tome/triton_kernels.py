@@ -53,6 +53,14 @@ def tome_head_mean_fwd_kernel(
 
 
 @triton.jit
+def _each_code_once(code):
+    """A sum of codes without repetitions: 4096 times +inf must not pass for -inf."""
+    negative = tl.where(code >= NEGATIVE, NEGATIVE, 0.0)
+    positive = tl.where(code - tl.floor(code / NEGATIVE) * NEGATIVE > 0, 1.0, 0.0)
+    return tl.where(code >= NAN, NAN, negative + positive)
+
+
+@triton.jit
 def _merge_rows(
     x_ptr, assign_ptr, weight_ptr, offset, m_c, start, end, first_row,
     tokens_per_frame, grid_w, prefix, stride_frame, stride_row, SHUFFLE: tl.constexpr,
@@ -87,7 +95,7 @@ def _merge_rows(
             if PASS == "poison":
                 code = tl.where(value > LARGEST, 1.0, tl.where(value < -LARGEST, NEGATIVE, 0.0))
                 code = tl.where(value != value, NAN, code)
-                acc = tl.dot(b_hit, code.to(tl.bfloat16), acc)
+                acc = _each_code_once(tl.dot(b_hit, code.to(tl.bfloat16), acc))
             else:
                 if PASS == "finite":
                     value = tl.where(tl.abs(value) <= LARGEST, value, 0.0)

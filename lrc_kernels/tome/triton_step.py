@@ -123,7 +123,8 @@ def tome_plan_fwd_step_kernel(
         own_ptr = payload_ptr + (start + token)[:, None] * K + o_k[None, :]
         own = tl.load(own_ptr, mask=m_b[:, None] & m_k[None, :], other=0.0).to(tl.float32)
         total_b = tl.where((own_size == 0.0)[:, None], 0.0, own * own_size[:, None]) + acc
-        mean = tl.where((size == 0.0)[:, None], 0.0, total_b / size[:, None])
+        # `/` is off by two ulps on a GPU, and a mean of equal tokens would no longer tie with them.
+        mean = tl.where((size == 0.0)[:, None], 0.0, tl.div_rn(total_b, tl.broadcast_to(size[:, None], total_b.shape)))
         if not ISOLATE:
             mean = tl.where((broken != 0)[:, None], float("nan"), mean)
         out_ptr = next_payload_ptr + (next_start + row)[:, None] * K + o_k[None, :]
@@ -150,7 +151,8 @@ def tome_plan_fwd_step_kernel(
         if next_payload_ptr is not None:
             a_ptr = payload_ptr + (start + token_a)[:, None] * K + o_k[None, :]
             b_a = tl.load(a_ptr, mask=m_a[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-            b_a = tl.where((size_a == 0.0)[:, None], 0.0, b_a * size_a[:, None] / size_a[:, None])
+            divisor = tl.broadcast_to(size_a[:, None], b_a.shape)
+            b_a = tl.where((size_a == 0.0)[:, None], 0.0, tl.div_rn(b_a * divisor, divisor))
             out_ptr = next_payload_ptr + (next_start + row_a)[:, None] * K + o_k[None, :]
             tl.store(out_ptr, b_a, mask=m_a[:, None] & m_k[None, :])
             if unit_ptr is not None:

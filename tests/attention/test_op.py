@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lrc_kernels import VarlenLayout
 from lrc_kernels.attention import (
     AttentionState,
+    arguments,
     merge_partials,
     varlen_attention,
     varlen_attention_backward,
@@ -260,6 +261,20 @@ def test_offsets_of_every_kind_are_the_same(make_problem, backend):
         ):
             out = varlen_attention(problem.q, problem.k, problem.v, cu_seqlens_q=offsets, max_seqlen_q=longest)
             assert torch.equal(out, wanted)
+
+
+def test_strided_offsets_reach_kernels_contiguous(make_problem, monkeypatch):
+    """Kernels read them as they lie; where values are not read, no layout is made of them."""
+    problem = make_problem("self")
+    offsets = problem.options["cu_seqlens_q"].cu_seqlens
+    strided = torch.stack((offsets, offsets.flip(0)), 1)[:, 0]
+    monkeypatch.setattr(arguments, "values_are_checked", lambda value: False)
+    pack = arguments.check_pack(
+        problem.q, problem.k, problem.v, strided, None, 64, None, causal=True, softmax_scale=None, key_bias=None,
+        window=None,
+    )  # fmt: skip
+    assert pack.cu_seqlens_q.is_contiguous() and torch.equal(pack.cu_seqlens_q, offsets)
+    assert VarlenLayout.on_device(strided, 64, problem.q.shape[0]).cu_seqlens.is_contiguous()
 
 
 def bad(**changes):

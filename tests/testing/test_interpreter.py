@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The repaired interpreter: right bf16 dots, no silent bf16 arithmetic, autotune without a driver."""
+"""The repaired interpreter: right bf16 dots, no silent bf16 arithmetic, autotune without a driver, no order of
+programs to rely on."""
 
 import pytest
 import torch
@@ -55,6 +56,14 @@ def arithmetic_kernel(x_ptr, y_ptr, OPERATION: tl.constexpr, N: tl.constexpr):
     else:
         y = x.to(tl.float32) * 2
     tl.store(y_ptr + o_n, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def chain_kernel(y_ptr, count_ptr):
+    """Grid (programs + 1). A race: every program adds 1 to what its left neighbour may have left."""
+    i = tl.program_id(0)
+    tl.store(count_ptr + i, tl.load(count_ptr + i) + 1)
+    tl.store(y_ptr + i + 1, tl.load(y_ptr + i) + 1)
 
 
 @triton.autotune([triton.Config({"FACTOR": 3}), triton.Config({"FACTOR": 5})], key=[])
@@ -127,3 +136,14 @@ def test_autotune_takes_the_first_configuration():
     x, y = torch.arange(16.0), torch.empty(16)
     tuned_kernel[(1,)](x, y, N=16)
     assert torch.equal(y, 3 * x)
+
+
+def test_programs_run_once_each_and_not_in_order():
+    orders = []
+    for _ in range(2):
+        y, count = torch.zeros(65, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+        chain_kernel[(64,)](y, count)
+        assert torch.equal(count, torch.ones_like(count))
+        assert not torch.equal(y, torch.arange(65, dtype=torch.int32))
+        orders.append(y)
+    assert not torch.equal(*orders)

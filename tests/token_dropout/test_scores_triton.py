@@ -101,6 +101,16 @@ def test_lse_reuse(device, dtype):
     assert (result - wanted).abs().max() <= 2 * (same - wanted).abs().max() + 4 * 2**-23 * wanted.max()
 
 
+@pytest.mark.no_poison
+def test_an_lse_past_two_to_the_31(device):
+    """Sixteen heads that lie 2^27 elements and more apart. On the CPU only the pages that are touched take memory."""
+    q, k, where = make_pack([40], [(0, 38), (0, 39)], heads=16, device=device)
+    stride = 2**27 + 2**24
+    far = torch.empty(16 * stride, device=device).as_strided((16, 2), (stride, 1)).copy_(torch.randn(16, 2))
+    near = attention_scores(q, k, lse=far.contiguous(), query_reduce="mean", **where)
+    assert torch.equal(attention_scores(q, k, lse=far, query_reduce="mean", **where), near)
+
+
 def test_nothing_to_score(device):
     for lengths, rows in (([], []), ([0, 3], []), ([0, 3], [(0, 4), (1, -1)])):
         q, k, where = make_pack(lengths, rows, device=device)

@@ -294,3 +294,14 @@ def test_what_the_others_decline(device):
         for call in (lambda: head_mean_op(x.double(), 2, []), lambda: merge_tokens(x.double(), plan)):
             with pytest.raises(RuntimeError, match="float64"):
                 call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_thousands_of_infinities_in_one_row_keep_their_sign(device, dtype):
+    x = torch.full((4101, 2), torch.inf, dtype=dtype, device=device)
+    x[:, 1] = -torch.inf
+    assign = torch.zeros(4101, dtype=torch.int32, device=device)
+    cu_in, cu_out = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (4101, 1))
+    size = torch.tensor([4101.0], device=device)
+    y = on_triton(merge_op, x, assign, size, None, cu_in, cu_out, 1, 1, "mean", True, [])
+    assert y.tolist() == [[torch.inf, -torch.inf]]
