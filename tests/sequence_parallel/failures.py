@@ -14,7 +14,8 @@ def check_blame(message: str, victim: int, where: str) -> None:
         rf"{where}, step \d+: rank {victim} died or stalled .*\[peer {victim} after ([\d.]+) s\]", message, re.DOTALL
     )
     assert found, message
-    assert float(found[1]) <= TIMEOUT + 1, message
+    # A busy machine takes a while to say so.
+    assert float(found[1]) <= 2 * TIMEOUT + 2, message
 
 
 def check_all_blame(failure: str, victim: int, where: str) -> None:

@@ -25,6 +25,7 @@ from lrc_kernels.sequence_parallel.mesh import ranks_of
 from lrc_kernels.token_dropout import select_tokens
 from tests.sequence_parallel.posts import counted_posts
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16}
 PACKS = ([70, 0, 1, 130, 40], [9, 64], [1, 2, 3, 100, 5, 60], [200])
 
@@ -185,6 +186,9 @@ def mesh_as_argument():
     return sent
 
 
+@pytest.mark.skipif(
+    TORCH < (2, 13), reason="there Dynamo lets the graph of one mesh serve an equal one: the same numbers"
+)
 @pytest.mark.no_poison
 def test_a_mesh_that_is_an_argument_is_the_caller_s_own(rank_pools):
     assert rank_pools(4).run(mesh_as_argument) == [[[True, False], [False, True]]] * 4
