@@ -65,7 +65,7 @@ def video(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
 def test_four_times_the_frames_need_no_more_memory():
-    """Beyond keys, values and embeddings the peak is at most 1.2 times that of 512 frames, and what PyTorch loads late."""
+    """Beyond keys, values and embeddings the peak is at most 1.2 times that of 512, and what PyTorch loads late."""
     peaks = []
     for frames in (512, 2048):
         run = subprocess.run([sys.executable, "-c", PEAK, str(frames)], capture_output=True, text=True, timeout=240)
