@@ -183,6 +183,12 @@ def test_each_op_is_checked_in_a_process_of_its_own(sanitize, capsys, monkeypatc
     assert sanitize.main(["--each", "cpu", "cuda", "--op", "unmerge_tokens"]) == 1
     said = capsys.readouterr().out
     assert "FAILED   cuda unmerge_tokens 0 s: exit -6: an illegal access" in said and "2 of 2 pairs" in said
+    # A backend that takes no op at all, as the native kernels do where they were built without CUDA, is no success.
+    crashing.write_text(
+        '#!/bin/bash\nif [ $2 = cpu ]; then exit 0; fi\nprintf "why\\n0 op calls ran on %s\\n" $2\nexit 1\n'
+    )
+    assert sanitize.main(["--each", "cpu", "cuda"]) == 1
+    assert capsys.readouterr().out.endswith("pairs of op and backend failed\nFAILED   no op ran on cuda\n")
 
 
 @pytest.mark.skipif(native.C is None, reason="lrc_kernels._C is not built")
