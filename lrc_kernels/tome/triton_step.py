@@ -122,6 +122,8 @@ def tome_plan_fwd_step_kernel(
     if next_payload_ptr is not None:
         own_ptr = payload_ptr + (start + token)[:, None] * K + o_k[None, :]
         own = tl.load(own_ptr, mask=m_b[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+        # Where nothing is asked to merge the rows stay what they are, those of size 0 too.
+        own_size, size = tl.where(r == 0, 1.0, own_size), tl.where(r == 0, 1.0, size)
         total_b = tl.where((own_size == 0.0)[:, None], 0.0, own * own_size[:, None]) + acc
         mean = tl.where((size == 0.0)[:, None], 0.0, total_b / size[:, None])
         if not ISOLATE:
@@ -150,6 +152,7 @@ def tome_plan_fwd_step_kernel(
         if next_payload_ptr is not None:
             a_ptr = payload_ptr + (start + token_a)[:, None] * K + o_k[None, :]
             b_a = tl.load(a_ptr, mask=m_a[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+            size_a = tl.where(r == 0, 1.0, size_a)
             b_a = tl.where((size_a == 0.0)[:, None], 0.0, b_a * size_a[:, None] / size_a[:, None])
             out_ptr = next_payload_ptr + (next_start + row_a)[:, None] * K + o_k[None, :]
             tl.store(out_ptr, b_a, mask=m_a[:, None] & m_k[None, :])
