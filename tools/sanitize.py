@@ -196,9 +196,9 @@ def check_all(name: str, only: str | None) -> int:
 
 
 def check_each(names: list[str], ops: list[str]) -> int:
-    """Prints a line per op and backend as it ends, and returns how many failed."""
+    """Prints a line per op and backend as it ends, and returns how many failed; as one more, a backend without any."""
 
-    def run(name: str, op: str) -> bool:
+    def run(name: str, op: str) -> str:
         started = time.monotonic()
         command = [sys.executable, __file__, name, "--op", op]
         try:
@@ -210,13 +210,17 @@ def check_each(names: list[str], ops: list[str]) -> int:
         verdict = "left out" if absent else "FAILED" if ended else "ok"
         reason = f": exit {ended}: {[said, *errors.strip().splitlines()][-1]}" if verdict == "FAILED" else ""
         print(f"{verdict:<8} {name} {op} {time.monotonic() - started:.0f} s{reason}", flush=True)
-        return verdict == "FAILED"
+        return verdict
 
     pairs = [(name, op) for op in ops for name in names]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        failed = sum(pool.map(lambda pair: run(*pair), pairs))
+        verdicts = list(pool.map(lambda pair: run(*pair), pairs))
+    failed = verdicts.count("FAILED")
     print(f"{failed} of {len(pairs)} pairs of op and backend failed")
-    return failed
+    absent = [name for i, name in enumerate(names) if len(ops) > 1 and set(verdicts[i :: len(names)]) == {"left out"}]
+    if absent:
+        print(f"FAILED   no op ran on {', '.join(absent)}")
+    return failed + len(absent)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -46,14 +46,22 @@ def cpu_supports_head_mean(x: Tensor, *rest: Any) -> str | None:
     return declines_dtype("x", x)
 
 
-cpu_supports_compress = cpu_supports_merge = cpu_supports_gather = cpu_supports_max_backward = cpu_supports_head_mean
+cpu_supports_compress = cpu_supports_merge = cpu_supports_max_backward = cpu_supports_head_mean
+
+
+def cpu_supports_gather(y: Tensor, *rest: Any) -> str | None:
+    return declines_dtype("y", y)
 
 
 def cuda_supports_head_mean(x: Tensor, *rest: Any) -> str | None:
     return declines_dtype("x", x) or cuda_device_status(x.device.index)
 
 
-cuda_supports_gather = cuda_supports_max_backward = cuda_supports_head_mean
+cuda_supports_max_backward = cuda_supports_head_mean
+
+
+def cuda_supports_gather(y: Tensor, *rest: Any) -> str | None:
+    return declines_dtype("y", y) or cuda_device_status(y.device.index)
 
 
 def cpu_head_mean(x: Tensor, num_heads: int, layout: list[int]) -> Tensor:

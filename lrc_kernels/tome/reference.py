@@ -188,7 +188,7 @@ def power_near_one_over(x: Tensor) -> Tensor:
     """A power of two for each row [n, 1] that brings its largest entry near 1, so that squares neither overflow nor
     vanish. It moves exponents alone: what is finite and not 0 has the same unit vector, bit for bit, at any length.
     """
-    largest = x.abs().amax(dim=-1, keepdim=True)
+    largest = torch.nn.functional.pad(x.abs(), (0, 1)).amax(dim=-1, keepdim=True)  # of no channels, 0
     exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0)
     limit = int(-math.log2(torch.finfo(x.dtype).tiny))
     return torch.ones_like(largest).ldexp(-exponent.clamp(-limit, limit))

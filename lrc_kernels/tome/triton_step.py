@@ -122,6 +122,8 @@ def tome_plan_fwd_step_kernel(
     if next_payload_ptr is not None:
         own_ptr = payload_ptr + (start + token)[:, None] * K + o_k[None, :]
         own = tl.load(own_ptr, mask=m_b[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+        # Where nothing is asked to merge the rows stay what they are, those of size 0 too.
+        own_size, size = tl.where(r == 0, 1.0, own_size), tl.where(r == 0, 1.0, size)
         total_b = tl.where((own_size == 0.0)[:, None], 0.0, own * own_size[:, None]) + acc
         # `/` is off by two ulps on a GPU, and a mean of equal tokens would no longer tie with them.
         mean = tl.where((size == 0.0)[:, None], 0.0, tl.div_rn(total_b, tl.broadcast_to(size[:, None], total_b.shape)))
@@ -151,6 +153,7 @@ def tome_plan_fwd_step_kernel(
         if next_payload_ptr is not None:
             a_ptr = payload_ptr + (start + token_a)[:, None] * K + o_k[None, :]
             b_a = tl.load(a_ptr, mask=m_a[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+            size_a = tl.where(r == 0, 1.0, size_a)
             divisor = tl.broadcast_to(size_a[:, None], b_a.shape)
             b_a = tl.where((size_a == 0.0)[:, None], 0.0, tl.div_rn(b_a * divisor, divisor))
             out_ptr = next_payload_ptr + (next_start + row_a)[:, None] * K + o_k[None, :]

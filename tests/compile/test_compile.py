@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every shipped kernel compiles for sm_80 and sm_90 within its budget, and the check finds what exceeds one."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -114,3 +115,16 @@ def test_update_writes_limits_that_then_hold(tmp_path):
     assert check(*args, "--update").returncode == 0
     assert check(*args, TRITON_INTERPRET="1").returncode == 0
     assert '[registers."copy"]\nsm_80 = ' in budgets.read_text()
+
+
+@pytest.mark.triton
+def test_no_triton_excuses_what_nvcc_made(monkeypatch):
+    spec = importlib.util.spec_from_file_location("compile_check", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compile_check", tool)
+    spec.loader.exec_module(tool)
+    spills = tool.Result("spills", "sm_90", 255, 16, 0, "", False)
+    budgets = {"triton": "3.0.0", "shared_memory": {"sm_90": 0}, "registers": {"spills": {"sm_90": 255}}}
+    line = "spills sm_90: 16 bytes of stack, budget 0 (registers spill)"
+    assert tool.compare([spills], budgets) == ([], [line])
+    assert tool.compare([spills], budgets, of_triton=False) == ([line], [])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -74,6 +75,16 @@ def compile_for_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 
 
 @pytest.fixture(scope="session")
-def host_kernels(compile_for_host: Callable[..., Path]) -> HostKernels:
+def host_kernels(
+    compile_for_host: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> HostKernels:
     sources = [*sorted((ROOT / "csrc").glob("*/*.cu")), HERE / "emulation_check.cu", HERE / "driver.cpp"]
-    return HostKernels(compile_for_host(sources, "kernels.so"))
+    if not hasattr(pytestconfig, "workerinput"):
+        return HostKernels(compile_for_host(sources, "kernels.so"))
+    # Of pytest-xdist's processes, the first to come compiles for all of them: it takes every core for a minute.
+    shared = tmp_path_factory.getbasetemp().parent / "cuda_on_host.so"
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            compile_for_host(sources, "kernels.so").rename(shared)
+    return HostKernels(shared)

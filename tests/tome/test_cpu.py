@@ -263,3 +263,12 @@ def test_instruction_set_is_checked():
     with pytest.raises(ValueError, match="baseline, avx2, avx512 or avx512_bf16, got sse9"):
         _C.set_cpu_isa("sse9")
     assert native.cpu_isa() == _C.cpu_isa() and native.cpu_isa() in ISAS
+
+
+def test_a_declined_dtype_is_named_by_its_argument():
+    plan = plan_merge(torch.randn(2, 8, 4), target=4)
+    with use_backend("cpu"):
+        with pytest.raises(RuntimeError, match="x must be fp32, bf16 or fp16, got float64"):
+            merge_tokens(torch.zeros(2, 8, 3, dtype=torch.float64), plan)
+        with pytest.raises(RuntimeError, match="y must be fp32, bf16 or fp16, got float64"):
+            unmerge_tokens(torch.zeros(2, 4, 3, dtype=torch.float64), plan)

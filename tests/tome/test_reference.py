@@ -214,6 +214,12 @@ def test_no_length_of_a_finite_token_matters(random, dtype, exponents, precision
     assert torch.equal(plan.assign, wanted.assign) and bool((plan.weight == 1).all())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "eager_bf16"])
+def test_a_metric_without_channels_is_of_zero_tokens(precision):
+    plan, wanted = (plan_merge(torch.zeros(2, 8, k), target=4, precision=precision) for k in (0, 3))
+    assert torch.equal(plan.assign, wanted.assign) and torch.equal(plan.weight, wanted.weight)
+
+
 def test_reference_zero_policy_lets_nan_through():
     metric = torch.ones(1, 8, 2)
     metric[0, 1] = 0.0

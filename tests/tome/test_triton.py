@@ -104,6 +104,13 @@ def test_nor_does_that_of_merged_tokens(device, length):
     assert_same_plan(*(on_triton(plan_merge, m, r=[16, 8]) for m in (metric * length, metric)))
 
 
+def test_masked_tokens_match_after_an_iteration_that_merges_none(device):
+    metric = make_input("gaussian", (30, 12), device=device, seed=17)
+    size = (torch.arange(30, device=device) % 3 > 0).float()
+    budget = merge_budget(VarlenLayout([30], device), r=[0, 4, 4])
+    assert_same_plan(*(on(plan_merge, metric, budget, size=size) for on in (on_triton, on_reference)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["with_zero_tokens", "with_nan_token"])
 def test_plan_of_broken_tokens(device, kind, dtype):
