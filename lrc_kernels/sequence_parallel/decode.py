@@ -90,5 +90,6 @@ def _merge(out: Tensor, lse: Tensor, sizes: dict[str, int]) -> Schedule[Tensor]:
     out, lse = parts[0, ..., :-1], parts[0, ..., -1].T
     for part in parts[1:]:
         out, lse = merge_partials(out, lse, part[..., :-1], part[..., -1].T)
-    # A merge leaves a partial result of NaN out; keys of NaN on one rank would change the words and not be seen.
-    return out.masked_fill(parts[..., -1:].isnan().any(0), torch.nan)
+    # A merge leaves out a partial result whose lse is NaN or +inf, as keys that are not finite give it: those of one
+    # rank would change the words and not be seen.
+    return out.masked_fill((~(parts[..., -1:] < torch.inf)).any(0), torch.nan)
