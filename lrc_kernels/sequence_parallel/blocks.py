@@ -80,6 +80,14 @@ def unpack_keys(task: Task, rows: Tensor) -> Keys:
     return Keys(k, v, rows[:, 2 * width :].contiguous().view(accumulation_dtype(rows.dtype)).squeeze(1))
 
 
+def merge(out: Tensor, lse: Tensor, out_block: Tensor, lse_block: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_partials`, NaN where one lse is NaN or +inf. That leaves such a result out, as in some libraries it saw no
+    key; here its keys were not finite, and who holds them must not decide whether it is seen."""
+    spoiled = ~((lse < torch.inf) & (lse_block < torch.inf))
+    out, lse = merge_partials(out, lse, out_block, lse_block)
+    return out.masked_fill(spoiled.T[..., None], torch.nan), lse.masked_fill(spoiled, torch.nan)
+
+
 class Partial:
     """Attention over the keys seen so far. For 16-bit inputs an un-normalised state in fp32, as a block's own result
     would be rounded to 16 bits; for wider ones (out, lse), which any backend gives."""
@@ -100,7 +108,7 @@ class Partial:
             return
         out, lse = varlen_attention_forward(q, keys.k, keys.v, key_bias=keys.key_bias, **options)
         if not self.empty:
-            out, lse = merge_partials(self.out[rows], self.lse[:, rows], out, lse)
+            out, lse = merge(self.out[rows], self.lse[:, rows], out, lse)
         self.out[rows], self.lse[:, rows], self.empty = out, lse, False
 
     def finish(self) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lrc_kernels.attention import merge_partials
 from lrc_kernels.checks import check_tensor
 from lrc_kernels.layout import VarlenLayout
-from lrc_kernels.sequence_parallel.blocks import Keys, Partial
+from lrc_kernels.sequence_parallel.blocks import Keys, Partial, merge
 from lrc_kernels.sequence_parallel.comm import AllGather, Schedule
 from lrc_kernels.sequence_parallel.mesh import degree_of, ranks_of
 
@@ -89,6 +88,5 @@ def _merge(out: Tensor, lse: Tensor, sizes: dict[str, int]) -> Schedule[Tensor]:
             parts = yield arriving
     out, lse = parts[0, ..., :-1], parts[0, ..., -1].T
     for part in parts[1:]:
-        out, lse = merge_partials(out, lse, part[..., :-1], part[..., -1].T)
-    # A merge leaves a partial result of NaN out; keys of NaN on one rank would change the words and not be seen.
-    return out.masked_fill(parts[..., -1:].isnan().any(0), torch.nan)
+        out, lse = merge(out, lse, part[..., :-1], part[..., -1].T)
+    return out

@@ -120,7 +120,9 @@ class SequencePlan:
             *(self.layout.num_sequences, *self.layout.lengths),
             *(x for shard in runs for x in shard),
         )
-        object.__setattr__(self, "encoded", torch.tensor(numbers, dtype=torch.int64, device="cpu"))
+        # Plans are remembered: one that was made in inference mode serves a training step too.
+        with torch.inference_mode(False):
+            object.__setattr__(self, "encoded", torch.tensor(numbers, dtype=torch.int64, device="cpu"))
         torch._dynamo.maybe_mark_dynamic(self.encoded, 0)
 
     @cached_property

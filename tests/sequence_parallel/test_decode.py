@@ -25,10 +25,12 @@ def decode_in_16_bits():
     exact = varlen_attention(*(x.double() for x in (q, k, v)), **options)
     one = varlen_attention(q, k, v, **options)
     errors = [float((x.double() - exact).norm() / exact.norm()) for x in (out, one)]
-    spoiled = [x.clone() for x in mine[0]]
-    if rank == 1:
-        spoiled[0][5, 1] = torch.nan
-    nan = sequence_parallel_decode_attention(q, spoiled, mine[1], mesh).isnan().all(2).tolist()
+    nan = []
+    for dtype, value in ((torch.bfloat16, torch.nan), (torch.float32, torch.nan), (torch.float32, torch.inf)):
+        queries, keys, values = q.abs().to(dtype), *([x.to(dtype, copy=True) for x in held] for held in mine)
+        if rank == 1:
+            keys[0][5, 1] = value
+        nan.append(sequence_parallel_decode_attention(queries, keys, values, mesh).isnan().all(2).tolist())
     none = sequence_parallel_decode_attention(q[:0], [], [], mesh)
     messages = []
     for arguments in ((q[0], *mine), (q, mine[0][1:], mine[1]), (q, mine[0], [x.double() for x in mine[1]]),
@@ -48,6 +50,6 @@ def test_partial_results_are_not_rounded_and_bad_ones_are_named(rank_pools):
         assert error <= 1.5 * one + 5e-4 and none == [0, 4, 16]
         # To one rank 3 sequences of 4 heads, then what both have to another one.
         assert sent == 3 * 3 * 4 * (16 + 1) * 4
-        # Where one key of one rank is NaN, the heads that see it are, and no others.
-        assert nan == [[False, False, True, True], [False] * 4, [False] * 4]
+        # Where one key of one rank is not finite, the heads that see it are NaN, and no others.
+        assert nan == [[[False, False, True, True], [False] * 4, [False] * 4]] * 3
         assert all(part in message for part, message in zip(wanted, messages, strict=True)), messages

@@ -22,6 +22,7 @@ from lrc_kernels.sequence_parallel import (
     plan_after_drop,
     plan_sequence,
     rows_at,
+    sequence_parallel_attention,
     sequence_parallel_scores,
     shard,
     sum_gradients,
@@ -237,3 +238,25 @@ def test_a_killed_rank_is_named_by_all_others(rank_pools):
     with pytest.raises(RankError, match=f"rank {victim} died in fail: killed by signal 9") as caught:
         rank_pools(4).run(fail, victim, "dies", where)
     check_all_blame(str(caught.value), victim, where)
+
+
+def evaluate_then_train():
+    """Gradients of q through a drop, alone and after the same drop in inference mode."""
+    mesh, layout = mesh_of(1, 4, 1), VarlenLayout(LENGTHS)
+    q, k = inputs()
+    gradients = []
+    for evaluated in (False, True):
+        plan = plan_sequence(layout, ring=4, **HEADS)
+        for inference in (True, False) if evaluated else (False,):
+            with torch.inference_mode(inference):
+                selection = select_tokens(layout, droppable_of(layout), keep=0.5, mode="linspace")
+                local = [shard(x, plan, mesh).requires_grad_(not inference) for x in (q, k, k)]
+                after = plan_after_drop(plan, selection)
+                out = sequence_parallel_attention(*drop_rows(local, selection, plan, after, mesh), after, mesh)
+        out.sum().backward()
+        gradients.append(local[0].grad)
+    return torch.equal(*gradients)
+
+
+def test_a_drop_remembered_from_inference_mode_trains(rank_pools):
+    assert rank_pools(4).run(evaluate_then_train) == [True] * 4

@@ -218,6 +218,17 @@ def test_documents_do_not_touch_each_other_and_runs_repeat(transport, arrangemen
         assert torch.equal(value[others], perturbed[name][others]), name
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_key_that_is_not_finite_is_seen_wherever_it_lies(dtype, value):
+    q, k, v, dout = inputs([60], (2, 2), dtype)
+    q, k[20] = q.abs(), value
+    for transport in AXES["transport"]:
+        plan = plan_sequence(VarlenLayout([60]), ring=4, num_heads=2, num_kv_heads=2, head_dim=16, transport=transport)
+        spoiled = results(lambda *x, plan=plan: virtual_attention(*x, plan), q, k, v, dout)["out"].isnan().all(2).all(1)
+        assert spoiled.nonzero().flatten().tolist() == list(range(20, 60)), transport
+
+
 def test_inference_mode():
     layout, tensors = VarlenLayout([20, 13]), inputs([20, 13], (4, 2), torch.float64)
     plan = plan_sequence(layout, ring=3, ulysses=2, num_heads=4, num_kv_heads=2, head_dim=16)
