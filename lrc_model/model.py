@@ -168,7 +168,8 @@ class LRCModel(nn.Module):
             batch: on the model's device.
             return_logits: also compute the logits of all rows that are left; for tests and short packs.
             seed: of random drops; the same seed drops the same tokens of a sample wherever it is packed.
-            recompute: keep only the inputs of layers and clips, and compute the rest again in the backward.
+            recompute: keep only the inputs of layers and clips, and compute the rest again in the backward. A layer
+                that drops also keeps what it dropped, and then one backward is possible, even with retain_graph.
             chunk_clips: clips that pass the vision encoder at a time, see `encode_clips`; more are faster where a clip
                 is small.
             parallel: the pack lies on many ranks, each of which calls this; loss, hidden states and logits are those of
