@@ -73,10 +73,11 @@ def _add_queries(
     offset_q = o_m.to(tl.int64)[:, None] * stride_q_row + o_k[None, :]
     offset_dout = o_m.to(tl.int64)[:, None] * stride_dout_row + o_k[None, :]
     # One loop over heads and tiles: loads of the next head are in flight while this one is multiplied.
+    num_tiles = end - begin
     # The pipelined loads of the first rounds stand before the loop's bound: also where there is no tile they divide.
-    num_tiles = tl.maximum(end - begin, 1)
-    for i in tl.range(0, group * (end - begin)):
-        i_member = i // num_tiles
+    divisor = num_tiles + (num_tiles == 0)
+    for i in tl.range(0, group * num_tiles):
+        i_member = i // divisor
         first = (begin + i - i_member * num_tiles) * BLOCK_M
         m_m = first + o_m < length
         head = i_member.to(tl.int64)
