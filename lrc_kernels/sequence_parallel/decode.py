@@ -49,6 +49,8 @@ def sequence_parallel_decode_attention(
     """
     check_tensor("q", q, dims=(3,))
     for name, held in (("keys", keys), ("values", values)):
+        if not isinstance(held, (list, tuple)):
+            raise TypeError(f"{name} must be a list or tuple of tensors, got {type(held).__name__}")
         if len(held) != q.shape[0]:
             raise ValueError(f"{name} must hold one tensor for each of {q.shape[0]} sequences, got {len(held)}")
         for index, x in enumerate(held):

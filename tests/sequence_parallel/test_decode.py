@@ -33,7 +33,8 @@ def decode_in_16_bits():
         nan.append(sequence_parallel_decode_attention(queries, keys, values, mesh).isnan().all(2).tolist())
     none = sequence_parallel_decode_attention(q[:0], [], [], mesh)
     messages = []
-    for arguments in ((q[0], *mine), (q, mine[0][1:], mine[1]), (q, mine[0], [x.double() for x in mine[1]]),
+    for arguments in ((q[0], *mine), (q, None, mine[1]), (q, mine[0][1:], mine[1]),
+                      (q, mine[0], [x.double() for x in mine[1]]),
                       (q, mine[0], [x[1:] for x in mine[1]])):  # fmt: skip
         with pytest.raises((TypeError, ValueError)) as caught:
             sequence_parallel_decode_attention(*arguments, mesh)
@@ -44,8 +45,13 @@ def decode_in_16_bits():
 
 
 def test_partial_results_are_not_rounded_and_bad_ones_are_named(rank_pools):
-    wanted = ("q must have 3 dimensions", "keys must hold one tensor for each of 3 sequences, got 2",
-              "values[0] must be one of bfloat16, got float64", "values[0] must have the shape of keys[0]")  # fmt: skip
+    wanted = (
+        "q must have 3 dimensions",
+        "keys must be a list or tuple of tensors, got NoneType",
+        "keys must hold one tensor for each of 3 sequences, got 2",
+        "values[0] must be one of bfloat16, got float64",
+        "values[0] must have the shape of keys[0]",
+    )
     for (error, one), sent, nan, none, messages in rank_pools(4).run(decode_in_16_bits):
         assert error <= 1.5 * one + 5e-4 and none == [0, 4, 16]
         # To one rank 3 sequences of 4 heads, then what both have to another one.
