@@ -6,6 +6,7 @@ In: a PackedBatch. Out: an Output with the loss, or the ids of generated words. 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -345,7 +346,7 @@ def _drops_of(model: LRCModel, rows: PackedRows, seed: int) -> tuple[Drop, ...]:
     return model.drops(rows.layout, (int(rows.droppable.sum()),), rows, seed)
 
 
-class _Reader:
+class _Reader(ABC):
     """Reads prompts, then one row of each at a time, and gives the hidden states [S, D] that choose the next words."""
 
     model: LRCModel
@@ -354,13 +355,13 @@ class _Reader:
         x = self.model.embed(batch)
         return torch.cat([self.read(x[part], rows, seed) for part, rows in _prompts(batch)])
 
+    @abstractmethod
     def read(self, x: Tensor, rows: PackedRows, seed: int) -> Tensor:
         """One prompt: its embeddings [T, D] and rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, x: Tensor) -> Tensor:
         """One more word of each: its embeddings [S, D]."""
-        raise NotImplementedError
 
     def agree(self, words: list[int]) -> list[int]:
         """The words that all who read these prompts go on with."""

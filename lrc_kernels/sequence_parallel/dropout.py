@@ -339,7 +339,7 @@ def _exchange_of_drop(plan: SequencePlan, after: SequencePlan, inverse: bytes) -
 
 
 def _on_host(selection: Selection) -> bytes:
-    return selection.inverse.cpu().numpy().tobytes()
+    return selection.inverse.to("cpu", torch.int32).numpy().tobytes()
 
 
 def _numbers(inverse: bytes) -> Tensor:

@@ -151,8 +151,12 @@ def cpu_merge(
     y = torch.empty(num_out, rows[0] * rows[1] ** 2, dtype=x.dtype)
     C.tome_merge(
         *(x.data_ptr(), DTYPES[x.dtype], rows, num_tokens, assign.data_ptr()),
-        *(0 if reduce == "sum" else size.data_ptr(), pointer(weight), _REDUCTIONS[reduce], num_out, y.data_ptr()),
-        torch.get_num_threads(),
+        *(0 if reduce == "sum" else size.data_ptr(), pointer(weight)),
+        # By name: a module that was built while reductions had other numbers and another name refuses the call.
+        reduction=_REDUCTIONS[reduce],
+        num_out=num_out,
+        y=y.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     return y
 
